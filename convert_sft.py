@@ -1,0 +1,682 @@
+"""Stage 1: a pretrained self-attention (SA) model becomes a sliding-window (SWA) one by supervised fine-tuning.
+
+The window is set and the model is fine-tuned on solutions written for full attention: that is all of the
+conversion. Its held-out loss is logged beside the SA teacher's on the same text, so that one sees what the
+window costs before, during and after. The file also holds what both stages share: the data (JSONL, hub, the
+tiny task) and the training engine (packing, exact loss accounting, FSDP2, checkpoints, logs). For
+`--model tiny` it first pretrains the tiny SA base.
+
+Left out on purpose: LoRA, sequence parallelism, a data-loading service (the data position is the step).
+
+    python convert_sft.py --model tiny --window 24
+    python convert_sft.py --window 4096                      # DeepSeek-R1-Distill-Qwen-1.5B, one GPU
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_optimizer_state_dict, set_model_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from model import ModelConfig, Tokenizer, Transformer, UsageError, check_window, cli, read_weights, write_file
+
+DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+# ----------------------------------------------------------------------------------------------------
+# data: problems as {"problem", "answer", "solution"}
+
+
+def load_problems(source):
+    """A JSONL file or a hub id (`id[:config[:split]]`) -> list of {"problem", "answer", "solution"}.
+
+    Understands the fields of MATH-like files (problem, answer, solution), openai/gsm8k (question, answer
+    with `#### 42`), open-r1/OpenR1-Math-220k (messages, generations) and DAPO-Math-17k (prompt,
+    reward_model). UsageError names the file and the line of the first fault.
+    """
+    path = Path(source)
+    if path.is_file():
+        rows = []
+        for number, line in enumerate(path.open(encoding="utf-8", errors="replace"), 1):
+            if line.strip():
+                try:
+                    rows.append(as_problem(json.loads(line)))
+                except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                    raise UsageError(f"{path} line {number}: not a problem in JSON ({error}); a line needs at least "
+                                     '"problem" and "answer"') from None
+    elif path.suffix or path.exists() or source.count("/") != 1:
+        raise UsageError(f"--data {source}: no such file; give a JSONL file or a hub id such as openai/gsm8k:main")
+    else:
+        import datasets  # imported here since it takes more than a second
+
+        name, config, split = (source.split(":") + [None, None])[:3]
+        try:
+            rows = datasets.load_dataset(name, config, split=split or "train")
+        except Exception as error:  # network, unknown id, missing config: many types, one cure
+            raise UsageError(f"--data {source} could not be fetched from the hub: check the name and the connection "
+                             f"({type(error).__name__})") from None
+        rows = [as_problem(row) for row in rows]
+    if not rows:
+        raise UsageError(f"--data {source} is empty: it needs at least one problem")
+    return rows
+
+
+def as_problem(row):
+    """One row of any known layout -> {"problem", "answer", "solution"}."""
+    problem = row.get("problem") or row.get("question") or row.get("prompt")
+    answer, solution = row.get("answer"), row.get("solution") or ""
+    if isinstance(problem, list):  # a chat
+        problem = next(m["content"] for m in problem if m["role"] == "user")
+    if "reward_model" in row:
+        answer = row["reward_model"]["ground_truth"]
+    if row.get("generations"):  # several solutions, of which some were verified
+        good = row.get("correctness_math_verify") or [True]
+        solution = row["generations"][good.index(True) if True in good else 0]
+    elif row.get("messages"):
+        problem = problem or next(m["content"] for m in row["messages"] if m["role"] == "user")
+        solution = next(m["content"] for m in row["messages"] if m["role"] == "assistant")
+    if "####" in str(answer):  # GSM8K's own layout
+        solution, answer = solution or answer, str(answer).split("####")[-1].strip()
+    if not isinstance(problem, str) or answer is None:
+        raise ValueError('no "problem" or no "answer"')
+    return {"problem": problem, "answer": str(answer), "solution": solution}
+
+
+def solution_text(row):
+    """The solution as a response: calculator marks removed, the answer in a box at the end."""
+    text = re.sub(r"<<[^<>]*>>", "", row["solution"]).split("\n####")[0].rstrip()
+    return text if "\\boxed" in text else f"{text}\nThe final answer is $\\boxed{{{row['answer']}}}$."
+
+
+def held_out(problem, percent=20):
+    """Whether a hash puts this problem on the validation side: the same side in every run."""
+    return hashlib.sha256(problem.encode("utf-8", "replace")).digest()[0] < 2.56 * percent
+
+
+def as_prompt(tokenizer, problem, instruction):
+    return tokenizer.chat([{"role": "user", "content": problem + instruction}])
+
+
+# ----------------------------------------------------------------------------------------------------
+# the tiny task: running sums with named operands, where restating brings far operands near
+
+
+def tiny_problem(rng):
+    """`a3b0c4d1?`: n uniform in 4..8 operands of 0..4. Reading the k-th reaches back 2n + 5k tokens."""
+    return "".join(f"{'abcdefgh'[i]}{rng.integers(5)}" for i in range(rng.integers(4, 9))) + "?"
+
+
+def tiny_solution(problem, rng, restate, boxed=True):
+    """`a3+0=3;b0+3=3;...\\boxed{7}`: after a step, the operands that remain are restated, `[c4d1]`, with
+    probability `restate` if there are two or more: nothing in the prompt asks for it."""
+    operands = [problem[i:i + 2] for i in range(0, len(problem) - 1, 2)]
+    text, total = "", 0
+    for i, (letter, value) in enumerate(operands):
+        text, total = f"{text}{letter}{value}+{total}=", (total + int(value)) % 10
+        text += f"{total};"
+        if len(operands) - i > 2 and rng.random() < restate:
+            text += f"[{''.join(operands[i + 1:])}]"
+    return text + f"\\boxed{{{total}}}" * boxed
+
+
+def tiny_problems(n, seed, test=False, restate=None):
+    """n problems of one side of the hash split; test problems are distinct. restate(rng) -> probability."""
+    rng, rows, seen = np.random.default_rng(seed), [], set()
+    while len(rows) < n:
+        problem = tiny_problem(rng)
+        if held_out(problem) == test and not (test and problem in seen):
+            seen.add(problem)
+            total = sum(int(v) for v in problem[1::2]) % 10
+            solution = tiny_solution(problem, rng, restate(rng)) if restate else ""
+            rows.append({"problem": problem, "answer": str(total), "solution": solution})
+    return rows
+
+
+TINY = ModelConfig(vocab_size=35, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+                   num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512)
+
+
+def tiny_tokenizer_files():
+    """The tiny model's tokenizer in Hugging Face's format, read by the same Tokenizer as any other."""
+    symbols = ["<pad>", "<bos>", "<eos>", *"0123456789abcdefghijkl+=;[]?", "\\boxed{", "}"]
+    added = [s for s in symbols if len(s) > 1]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    tokenizer = {
+        "version": "1.0", "normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level,
+        "added_tokens": [{"id": symbols.index(s), "content": s, "special": s[0] == "<", **flags} for s in added],
+        "model": {"type": "BPE", "vocab": {s: i for i, s in enumerate(symbols) if s not in added}, "merges": []},
+    }
+    config = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>",
+              "tokenizer_class": "PreTrainedTokenizerFast",
+              "chat_template": "{{ bos_token }}{{ messages[-1]['content'] }}"}
+    return {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(config)}
+
+
+def tiny_base(seed):
+    """The untrained tiny model: the same Transformer as every other, with its own initialisation."""
+    torch.manual_seed(seed)
+    model = Transformer(TINY)
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            std = {"model.embed_tokens.weight": 0.7, "lm_head.weight": 0.02}.get(name, p.shape[1] ** -0.5)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * TINY.num_hidden_layers)
+            torch.nn.init.normal_(p, std=std)
+    model.tokenizer_files = {name: text.encode() for name, text in tiny_tokenizer_files().items()}
+    return model
+
+
+@torch.no_grad()
+def reads_restatements(model, tokenizer, seed, n=200, window=24):
+    """The share of operands that the base reads right out of a restatement, in the longest problems.
+
+    The gate of pretraining: what RL will amplify must be there. The prompt's own operands are hidden by
+    the window, so that only the restatement can be read.
+    """
+    rng = np.random.default_rng(seed)
+    model.config.window, right, total = window, 0, 0
+    try:
+        for _ in range(n // 50):
+            rows, where = [], []
+            while len(rows) < 50:
+                problem = tiny_problem(rng)
+                if len(problem) >= 15:  # 7 or 8 operands
+                    text = problem + tiny_solution(problem, rng, restate=1, boxed=False)
+                    where += [(len(rows), m.start() + 1) for m in re.finditer(r"(?<=\])[a-h]", text)]
+                    rows.append(tokenizer.encode("<bos>" + text))
+            tokens = torch.zeros(50, max(map(len, rows)), dtype=torch.long, device=model.device)
+            for i, row in enumerate(rows):
+                tokens[i, :len(row)] = torch.tensor(row)
+            guess = model(tokens).argmax(-1)
+            row, at = torch.tensor(where, device=model.device).T
+            right, total = right + (guess[row, at] == tokens[row, at + 1]).sum().item(), total + len(where)
+    finally:
+        model.config.window = None
+    return right / total
+
+
+# ----------------------------------------------------------------------------------------------------
+# the training engine, for both stages
+
+
+def make_row(prompt, response, **columns):
+    """A training row: inputs, next-token targets (-1 under the prompt), columns aligned to the targets."""
+    ids, pad = list(prompt) + list(response), len(prompt) - 1
+    return {"tokens": ids[:-1], "targets": [-1] * pad + ids[len(prompt):],
+            **{name: [0.0] * pad + list(values) for name, values in columns.items()}}
+
+
+def pack(rows, micro_tokens, device="cpu"):
+    """Rows -> micro-batches of about micro_tokens tokens without padding, longest rows first.
+
+    Each is a dict of (1, T) tensors (tokens, targets, other columns in float32) and cu_seqlens (N+1,).
+    """
+    bins = []
+    for row in sorted(rows, key=lambda r: -len(r["tokens"])):
+        if not bins or bins[-1][0] + len(row["tokens"]) > micro_tokens:
+            bins.append([0, []])
+        bins[-1][0] += len(row["tokens"])
+        bins[-1][1].append(row)
+    micro = []
+    for _, packed in bins:
+        lengths = [0] + [len(row["tokens"]) for row in packed]
+        micro.append({name: torch.tensor([x for row in packed for x in row[name]], device=device,
+                                         dtype=torch.long if name in ("tokens", "targets") else torch.float32)[None]
+                      for name in packed[0]})
+        micro[-1]["cu_seqlens"] = torch.tensor(np.cumsum(lengths), dtype=torch.int32, device=device)
+    return micro
+
+
+def all_sum(values, device):
+    """Sums a list of numbers over the ranks, in float64."""
+    total = torch.tensor(values, dtype=torch.float64)
+    if WORLD > 1:
+        total = total.to(device, torch.float64)
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def pick_device(name):
+    """"auto", "cpu" or "cuda" -> torch.device, with the process group of a torchrun started."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: no CUDA GPU is visible here; leave the flag out to run on the CPU")
+    cuda = name != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
+    return device
+
+
+def describe_machine(device):
+    """What a log must say of where it was made."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent).stdout.strip()
+    return {"git": git or None, "python": platform.python_version(), "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(), "ranks": WORLD, "argv": sys.argv}
+
+
+def schedule(step, steps, lr, warmup, kind="constant", decay_from=0.0, floor=0.1):
+    """Learning rate of a step (0-based): linear warm-up, then constant, cosine, or linear from
+    `decay_from` of the run on; both decays end at `floor` of the rate."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    x = min(1.0, max(0.0, (step / steps - decay_from) / (1 - decay_from)))
+    shape = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * x), "linear": 1 - x}[kind]
+    return lr * (floor + (1 - floor) * shape)
+
+
+class Trainer:
+    """A run: fp32 master weights, AdamW, checkpoints, log.jsonl, resume.
+
+    Every random choice of a run derives from (seed, step), so the step is the whole data position and a
+    resumed run repeats an undisturbed one. folder/step-N is a Hugging Face folder plus trainer.pt, written
+    under a temporary name; the last two are kept. At the end the model lies in the folder itself.
+    """
+
+    def __init__(self, model, folder, settings, device, weight_decay=0.0, grad_clip=1.0, micro_tokens=16384):
+        self.folder, self.settings, self.device = Path(folder), settings, device
+        self.grad_clip, self.micro_tokens, self.step, self.seconds = grad_clip, micro_tokens, 0, 0.0
+        self.skipped, self.stopping, self.began, self.records = 0, False, time.time(), []
+        self.model = model.to(device, torch.float32)
+        self.model.checkpointing = device.type == "cuda"
+        self.amp = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+        if WORLD > 1:
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == "cuda" else None,
+                                          reduce_dtype=torch.float32)
+            for block in self.model.model.layers:
+                fully_shard(block, mp_policy=policy)
+            fully_shard(self.model, mp_policy=policy)
+        groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": weight_decay},
+                  {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
+        self.resume()
+        for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, stop; a second one stops at once
+            signal.signal(name, self.interrupt)
+
+    def interrupt(self, name, frame):
+        signal.signal(name, signal.SIG_DFL if name == signal.SIGTERM else signal.default_int_handler)
+        self.stopping = True
+        print("\nstopping after this step", file=sys.stderr, flush=True)
+
+    def update(self, rows, loss_fn, lr, temperature=1.0):
+        """One optimizer step on this rank's rows; returns the grad norm, or None if it was not finite.
+
+        loss_fn(logprobs, entropy, micro) is a sum already divided by the count of the *whole* batch over
+        micro-batches and ranks, so the gradient does not depend on how rows are packed or spread.
+        """
+        micro = pack(rows, self.micro_tokens, self.device)
+        most = int(all_max(len(micro), self.device))  # FSDP: every rank joins in every forward and backward
+        if len(micro) < most:
+            idle = pack([make_row([0], [0])], 1, self.device)[0]
+            micro += [idle | {"targets": idle["targets"] - 1, "idle": True}] * (most - len(micro))
+        self.model.train()
+        self.optimizer.zero_grad()
+        for m in micro:
+            with self.amp:
+                logprobs, entropy = self.model(m["tokens"], m["cu_seqlens"], m["targets"], temperature)
+            loss = logprobs.sum() * 0.0 if "idle" in m else loss_fn(logprobs, entropy, m)
+            (loss * WORLD).backward()  # FSDP averages over the ranks; the loss is a sum
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not math.isfinite(norm):
+            self.skipped += 1
+            print(f"step {self.step}: loss or gradient is not finite, step skipped", flush=True)
+            if self.skipped == 5:
+                raise UsageError("five steps in a row had a gradient that is not finite: lower --lr, or look at the "
+                                 f"data of step {self.step}")
+            return None
+        self.skipped = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        return norm
+
+    def log(self, record, line=None):
+        """Counts the step, prints the dense line, appends the record (rank 0)."""
+        self.step += 1
+        now = time.time()
+        record = {"step": self.step, **record, "elapsed": self.seconds + now - self.began}
+        if RANK == 0:
+            if line:
+                print(f"{line} | {record['elapsed']:.0f} s", flush=True)
+            self.append(record)
+
+    def append(self, record):
+        self.records.append(record)
+        with open(self.folder / "log.jsonl", "a") as f:
+            f.write(json.dumps(record) + "\n")
+
+    # -- checkpoints
+
+    def states(self):
+        """Full, unsharded (weights, optimizer state); a collective under FSDP."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=WORLD > 1)
+        return (get_model_state_dict(self.model, options=options),
+                get_optimizer_state_dict(self.model, self.optimizer, options=options))
+
+    def save(self, final=False):
+        """Writes step-N; `final` puts the model into the run's folder as well."""
+        weights, optimizer = self.states()
+        if RANK == 0:
+            self.seconds, self.began = self.seconds + time.time() - self.began, time.time()
+            target, temporary = self.folder / f"step-{self.step:06d}", self.folder / "step.tmp"
+            try:
+                shutil.rmtree(temporary, ignore_errors=True)
+                self.model.save_pretrained(temporary, weights)
+                state = {"optimizer": optimizer, "step": self.step, "seconds": self.seconds,
+                         "window": self.model.config.window, "settings": self.settings}
+                write_file(temporary / "trainer.pt", lambda f: torch.save(state, f))
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(temporary, target)
+                for old in sorted(self.folder.glob("step-*"))[:-2]:
+                    shutil.rmtree(old)
+                if final:
+                    self.model.save_pretrained(self.folder, weights)
+            except OSError as error:
+                raise UsageError(f"{target} could not be written ({error.strerror}): free some space or choose another "
+                                 "--out; the checkpoint before it is whole") from None
+        if WORLD > 1:
+            dist.barrier()
+
+    def resume(self):
+        """Continues from the newest checkpoint that is whole; refuses one made with other settings."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "log.jsonl").touch()
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be written ({error.strerror}): choose another --out") from None
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)
+        for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+                weights = read_weights(checkpoint)
+            except Exception as error:  # truncated, unreadable, not ours: the one before may do
+                print(f"{checkpoint} is damaged ({type(error).__name__}): trying the one before", file=sys.stderr)
+                continue
+            differ = [k for k, v in self.settings.items() if state["settings"].get(k) != v]
+            if differ:
+                raise UsageError(f"{self.folder} holds a run with other settings ({', '.join(differ)}): give the same "
+                                 "flags to continue it, or another --out")
+            if self.model.config.tie_word_embeddings:
+                weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+            set_model_state_dict(self.model, weights, options=options)
+            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"], options=options)
+            self.step, self.seconds = state["step"], state["seconds"]
+            self.model.config.window = state["window"]
+            break
+        if RANK == 0:  # what was logged after the checkpoint will be done again
+            log = [json.loads(x) for x in (self.folder / "log.jsonl").read_text().splitlines() if x.endswith("}")]
+            log = [r for r in log if r.get("step", 0) <= self.step] if self.step else []
+            write_file(self.folder / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in log)))
+            self.records = log
+            self.append({"settings": self.settings, **describe_machine(self.device)})
+            if self.step:
+                print(f"{self.folder}: continuing after step {self.step}", flush=True)
+
+
+def all_max(value, device):
+    if WORLD == 1:
+        return value
+    value = torch.tensor(float(value), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
+
+
+# ----------------------------------------------------------------------------------------------------
+# the stages
+
+
+def pretrain_tiny(args):
+    """The tiny SA base -> its folder: language modelling on chains of both styles, then the gate.
+
+    A base that cannot read values out of restatements looks as good as any after SFT and yet gives RL
+    nothing to amplify; so pretraining goes on in rounds until it can.
+    """
+    folder = Path(args.out) / "tiny" / "base-wfull"
+    device, model = pick_device(args.device), tiny_base(args.seed)
+    tokenizer = Tokenizer(model.tokenizer_files)
+    round_steps, rounds, lr = 1500, 4, 3e-3
+    trainer = Trainer(model, folder, {"seed": args.seed, "stage": "base"}, device, weight_decay=0.01)
+    if (folder / "config.json").exists():
+        return folder
+    rng = np.random.default_rng([args.seed, 0])
+    stream = []  # documents one after another, restating with a probability of their own
+    for row in tiny_problems(12000, [args.seed, 1], restate=lambda rng: rng.random()):
+        text = row["solution"].split("\\boxed")[0]
+        stream += tokenizer.encode(f"<bos>{row['problem']}{text}<eos>")
+    stream, T, B = torch.tensor(stream), 128, 16
+
+    def loss_fn(logprobs, entropy, micro):
+        return -logprobs.sum() / (B * T)
+
+    while not trainer.stopping:
+        rng = np.random.default_rng([args.seed, 2, trainer.step])
+        crops = [stream[i:i + T + 1] for i in rng.integers(0, len(stream) - T - 1, B)]
+        rows = [{"tokens": c[:-1].tolist(), "targets": c[1:].tolist()} for c in crops]
+        here = trainer.step % round_steps
+        trainer.update(rows, loss_fn, schedule(here, round_steps, lr, 75, "linear", decay_from=0.6))
+        trainer.log({}, None)
+        if trainer.step % round_steps == 0:
+            read = reads_restatements(model, tokenizer, [args.seed, 3])
+            print(f"base: step {trainer.step}, reads {read:.3f} of restated operands")
+            if read >= 0.95 or trainer.step == rounds * round_steps:
+                break
+    trainer.save(final=not trainer.stopping)
+    return folder
+
+
+SETTINGS = {  # flag: (tiny, a real model on a CPU: a rehearsal, a real model on a GPU; what it is)
+    "window": (24, 4096, 4096, "keys that a query sees, its own included; or full"),
+    "steps": (200, 4, 1000, "optimizer steps"),
+    "batch": (32, 4, 64, "examples a step"),
+    "lr": (1e-3, 1e-5, 1e-5, "peak learning rate"),
+    "warmup": (10, 1, 30, "steps of linear warm-up"),
+    "max_length": (256, 512, 16384, "tokens of an example; longer ones are left out"),
+    "eval_every": (50, 2, 50, "steps between held-out losses"),
+    "save_every": (10, 1, 20, "steps between checkpoints; Ctrl-C saves at once, kill -9 loses at most these"),
+    "data": ("tiny", "open-r1/OpenR1-Math-220k", "open-r1/OpenR1-Math-220k", "JSONL file or hub id[:config[:split]]"),
+    "instruction": ("", INSTRUCTION, INSTRUCTION, "appended to each problem"),
+    "micro_tokens": (16384, 2048, 16384, "tokens of one forward and backward: lower it when memory runs out"),
+}
+
+
+def window_arg(text):
+    """`full`, or a whole number of keys >= 1."""
+    try:
+        window = text if text == "full" else int(text)
+        check_window(None if window == "full" else window)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number of keys >= 1, or full") from None
+    return window
+
+
+def as_window(window):
+    """The model's window for a flag's value."""
+    return None if window == "full" else window
+
+
+def layers_arg(text):
+    try:
+        return [int(x) for x in text.split(",") if x]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give layer numbers such as 0,14,27") from None
+
+
+def add_settings(parser, table):
+    """A flag for each row of a table of settings; its default depends on the model and the machine."""
+    types = {"window": window_arg}
+    for name, (tiny, cpu, gpu, text) in table.items():
+        shown = f"{text} (default: tiny {tiny!r}, CPU {cpu!r}, GPU {gpu!r})".replace("%", "%%")
+        parser.add_argument(f"--{name.replace('_', '-')}", type=types.get(name, type(gpu)), help=shown)
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="tiny, a Hugging Face folder or a hub id (default: %(default)s)")
+    parser.add_argument("--out", default="out", help="where <model>/<stage>-w<window>/ goes (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)")
+
+
+def settle(args, table):
+    """Fills what was not given from the column that fits; checks; prints the result once."""
+    column = 0 if args.model == "tiny" else 2 if pick_device(args.device).type == "cuda" else 1
+    for name, row in table.items():
+        if getattr(args, name) is None:
+            setattr(args, name, row[column])
+        value = getattr(args, name)
+        if isinstance(value, (int, float)) and not (value > 0 or value == 0 and name in ZERO_IS_FINE):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    if args.model == "tiny":
+        torch.set_num_threads(1)  # the tiny matrices gain nothing from more
+    return args
+
+
+ZERO_IS_FINE = ("steps", "warmup", "temperature", "hours")
+
+
+def stage_folder(args, stage, window=None):
+    name = "tiny" if args.model == "tiny" else Path(args.model).resolve().name if Path(args.model).exists() else \
+        args.model.split("/")[-1]
+    return Path(args.out) / name / f"{stage}-w{window or args.window}"
+
+
+@torch.no_grad()
+def held_out_loss(trainer, rows):
+    """Mean -log p of the response tokens, nats a token."""
+    total = count = 0.0
+    for m in pack(rows, trainer.micro_tokens, trainer.device):
+        with trainer.amp:
+            logprobs, _ = trainer.model(m["tokens"], m["cu_seqlens"], m["targets"])
+        total, count = total - logprobs.sum().item(), count + (m["targets"] >= 0).sum().item()
+    return total / count
+
+
+def sft_rows(args, tokenizer):
+    """(training rows, held-out rows) of the data: prompt by the chat template, loss on the response only."""
+    if args.data == "tiny":  # 80 % of the documents hardly restate, 20 % nearly always
+        problems = tiny_problems(4000, [args.seed, 4], restate=lambda rng: 0.1 if rng.random() < 0.8 else 0.9)
+        held = tiny_problems(200, [args.seed, 5], test=True, restate=lambda rng: 0.1 if rng.random() < 0.8 else 0.9)
+    else:
+        problems = load_problems(args.data)
+        held = [p for p in problems if held_out(p["problem"], 2)][:200]
+        problems = [p for p in problems if not held_out(p["problem"], 2)]
+    sides = []
+    for side in (problems, held):
+        rows = []
+        for p in side:
+            if p["solution"]:
+                prompt = as_prompt(tokenizer, p["problem"], args.instruction)
+                text = p["solution"] if args.data == "tiny" else solution_text(p)
+                row = make_row(prompt, tokenizer.encode(text) + [tokenizer.eos_id])
+                if len(row["tokens"]) <= args.max_length:
+                    rows.append(row)
+        sides.append(rows)
+    if not sides[0]:
+        raise UsageError(f"--data {args.data} has no solution of at most {args.max_length} tokens to train on: give data "
+                         "with solutions, or raise --max-length")
+    return sides
+
+
+def convert(args):
+    """Stage 1: base -> SWA by SFT (or SA, with --window full); returns the folder, done already or now."""
+    folder = stage_folder(args, "sft")
+    device = pick_device(args.device)
+    base = pretrain_tiny(args) if args.model == "tiny" else args.model
+    names = [*SETTINGS, "seed", "window_from", "full_layers", "nope_full"]
+    settings = {k: getattr(args, k) for k in names if k not in ("save_every", "micro_tokens")} | {"stage": "sft"}
+    model = Transformer.from_pretrained(base, window=as_window(args.window), full_layers=args.full_layers or (),
+                                        device=device, dtype=torch.float32)
+    model.config.nope_full = args.nope_full
+    tokenizer = Tokenizer(model.tokenizer_files)
+    train, held = sft_rows(args, tokenizer)
+    trainer = Trainer(model, folder, settings, device, weight_decay=0.0, micro_tokens=args.micro_tokens)
+    if trainer.step >= args.steps and (folder / "config.json").exists():
+        print(f"{folder}: done already ({trainer.step} steps)", flush=True)
+        return folder
+
+    def losses():
+        student = held_out_loss(trainer, held)
+        return {"held_out": student, "gap_to_teacher": student - teacher}
+
+    window, model.config.window = model.config.window, None
+    teacher = held_out_loss(trainer, held) if held else float("nan")
+    model.config.window = window
+    if held and trainer.step == 0:
+        print(f"held-out loss: SA before training {teacher:.3f}, window {args.window} before training "
+              f"{held_out_loss(trainer, held):.3f} nats a token", flush=True)
+    spoke = time.time()
+    while trainer.step < args.steps and not trainer.stopping:
+        step, began = trainer.step, time.time()
+        if args.window_from:  # shrink geometrically over the first half, then stay
+            share = min(1.0, 2 * step / args.steps)
+            model.config.window = round(args.window_from * (window / args.window_from) ** share)
+        epoch, at = divmod(step * args.batch, len(train))
+        order = np.concatenate([np.random.default_rng([args.seed, 6, e]).permutation(len(train))
+                                for e in range(epoch, (at + args.batch - 1) // len(train) + epoch + 1)])
+        rows = [train[i] for i in order[at:at + args.batch]]
+        n_tokens = sum(t >= 0 for row in rows for t in row["targets"])
+        total = [0.0]
+
+        def loss_fn(logprobs, entropy, micro):
+            loss = -logprobs.sum() / n_tokens
+            total[0] += loss.item()
+            return loss
+
+        lr = schedule(step, args.steps, args.lr, args.warmup, "cosine")
+        norm = trainer.update(rows[RANK::WORLD], loss_fn, lr)
+        loss, seconds = all_sum(total, device)[0], time.time() - began
+        tok_per_s = sum(len(r["tokens"]) for r in rows) / seconds
+        record = {"loss": loss, "grad_norm": norm, "lr": lr, "window": model.config.window, "tok_per_s": tok_per_s,
+                  "seconds": seconds}
+        last = step + 1 == args.steps
+        if held and ((step + 1) % args.eval_every == 0 or last):
+            record |= losses()
+        shown = f" | held-out {record['held_out']:.3f} (SA {teacher:.3f})" if "held_out" in record else ""
+        quiet = not (shown or time.time() - spoke > 5)
+        spoke = spoke if quiet else time.time()
+        trainer.log(record, f"sft w={args.window} step {step + 1}/{args.steps} | loss {loss:.3f}{shown} | norm {norm:.2f} "
+                            f"| lr {lr:.1e} | {tok_per_s:,.0f} tok/s" * (not quiet))
+        if (step + 1) % args.save_every == 0 or last or trainer.stopping:
+            trainer.save(final=last)
+    if trainer.stopping:
+        raise KeyboardInterrupt
+    return folder
+
+
+def add_conversion(parser):
+    parser.add_argument("--window-from", type=int, help="start with this window and shrink to --window over half the run")
+    parser.add_argument("--full-layers", type=layers_arg, help="layers that keep full attention, such as 0,14,27")
+    parser.add_argument("--nope-full", action="store_true", help="those layers without RoPE: an experiment")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_settings(parser, SETTINGS)
+    add_conversion(parser)
+    args = settle(parser.parse_args(), SETTINGS)
+    print("settings:", json.dumps(vars(args)), flush=True)
+    print(f"done: {convert(args)}")
+
+
+if __name__ == "__main__":
+    cli(main)

@@ -1,0 +1,344 @@
+"""The tokenizer against Hugging Face's `tokenizers` (ids, text) and transformers (chat)."""
+
+import json
+import random
+import unicodedata
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model
+from convert_sft import tiny_tokenizer_files
+from model import Tokenizer
+
+tokenizers = pytest.importorskip("tokenizers")
+
+HARD = [
+    "",
+    " ",
+    "Let $f(x)=\\frac{x^2-1}{\\sqrt{2}}$; then $\\boxed{\\text{(A)}\\ 12{,}345.60}$",
+    "def f(x):\n\treturn [x**2 for _ in range(10)]  # ok\r\n\r\n    pass\n",
+    "I'm, we'RE, they'll'd it'S 'tis ''s don’t 'ſ",
+    "1 22 333 4444 55555  7 \n 8\t9 x 10  .5 ٣٤ ²³ Ⅷ ¼ 1e-06",
+    "  two  three   four    \n\n\n \n  five \t\t six   ",
+    "\n",
+    "\r\n\r\n x\u00a0 y\u3000\u2003z\u2028\u0085.",
+    "Cafe\u0301 caf\u00e9 A\u030a \u212b \ufb01 \u1e9b\u0323 \uac00\u1100\u1161 =\u0338",
+    "<think>\u0338 e<think>\u0301</think>",  # NFC must not reach across an added token
+    "<think>\nHm.\n</think>\n<tool_call>{}</tool_call><|im_start|>user\n2+2?<|im_end|>\n",
+    "<|endoftext|><|begin_of_text|>x<|eot_id|><｜User｜>y<｜Assistant｜><｜end▁of▁sentence｜>",
+    "<|im_start <|im_end|>|> <<think>> <thinking> <|<|im_end|>",
+    "数学を解く：二十七。答えは９です！한국어 문장입니다. 中文测试",
+    "مرحبا بالعالم ٤٢ हिन्दी में गणित עברית ไทย",
+    "😀👍🏽🇺🇸👩‍👩‍👧 \u200d\ufeff\ufffd\U000e0041 \U000f0000 \U00040000b\U0010ffff",
+    "a\x04b \x06\x13\x14the\x16 \x1d! \x00\x01\x7f\x80\xad",  # SmolLM2 lacks these bytes
+    "!\x04! \x04 \x04t\x04h\x04e 1\x042",
+    "".join(map(chr, range(0x180))),
+]
+LONG = [unit * n + end for unit, n in ((" ", 100_000), (" ", 10**6)) for end in ("", "x", "7")]
+LONG += ["\n " * 500_000 + "x", "\u3000" * 600_000 + "!", "a" * 10**6, "<|" * 300_000, "\0" * 10**6]
+
+
+def oracle(folder):
+    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def assert_agrees(mine, theirs, texts):
+    """The same ids, and the same text of these ids with and without special tokens."""
+    expected = [e.ids for e in theirs.encode_batch(texts, add_special_tokens=False)]
+    for text, ids in zip(texts, expected, strict=True):
+        assert mine.encode(text) == ids, repr(text[:300])
+    for skip in True, False:
+        decoded = theirs.decode_batch(expected, skip_special_tokens=skip)
+        assert [mine.decode(ids, skip_special=skip) for ids in expected] == decoded
+
+
+# ---------------------------------------------------------------------------- real tokenizers
+
+
+def test_hard_strings(any_tokenizer):
+    assert_agrees(Tokenizer.from_pretrained(any_tokenizer), oracle(any_tokenizer), HARD)
+
+
+def test_long_runs_neither_crash_nor_differ(any_tokenizer):
+    assert_agrees(Tokenizer.from_pretrained(any_tokenizer), oracle(any_tokenizer), LONG)
+
+
+def test_problem_texts(any_tokenizer, data):
+    texts = []
+    for path in sorted(data.glob("*.jsonl")):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:500]]
+        texts += [row[field] for row in rows for field in ("problem", "solution")]
+    assert_agrees(Tokenizer.from_pretrained(any_tokenizer), oracle(any_tokenizer), texts)
+
+
+def test_every_token_and_its_neighbour(any_tokenizer):
+    mine = Tokenizer.from_pretrained(any_tokenizer)
+    words = [mine.decode([i], skip_special=False) for i in range(0, mine.n_ids, 3)]
+    assert_agrees(mine, oracle(any_tokenizer), words)
+    assert_agrees(mine, oracle(any_tokenizer), list(map("".join, zip(words, words[1:]))))
+
+
+def test_random_strings(any_tokenizer):
+    draw = random.Random(0)
+    pieces = [*"".join(HARD), *"  \n\t'", "'ll", "<think>", "<|im_end|>", "123", " the", "return "]
+    texts = ["".join(draw.choices(pieces, k=draw.randint(1, 30))) for _ in range(3000)]
+    assert_agrees(Tokenizer.from_pretrained(any_tokenizer), oracle(any_tokenizer), texts)
+
+
+def test_random_ids(any_tokenizer):
+    """Any ids decode as in `tokenizers`: broken UTF-8, special tokens, ids that do not exist."""
+    mine, theirs, draw = Tokenizer.from_pretrained(any_tokenizer), oracle(any_tokenizer), random
+    ids = [draw.choices(range(mine.n_ids + 9), k=12) for _ in range(3000)]
+    ids += [[i] for i in range(mine.n_ids + 9)]
+    for skip in True, False:
+        decoded = theirs.decode_batch(ids, skip_special_tokens=skip)
+        assert [mine.decode(row, skip_special=skip) for row in ids] == decoded
+    assert mine.n_ids == theirs.get_vocab_size()
+
+
+CHAT = [
+    {"role": "system", "content": "Put the answer in \\boxed{}. {{ x }} {% y %}"},
+    {"role": "user", "content": "  What is 12 + 30?\n\n"},
+    {"role": "assistant", "content": "<think>\nEasy.\n</think>\n\nIt is \\boxed{42}."},
+    {"role": "user", "content": "And 1 é <b>&</b> '七'?"},
+]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "deepseek-r1-distill", "smollm2"])
+def test_chat_is_that_of_transformers(tokenizer_folder, name):
+    transformers = pytest.importorskip("transformers")
+    folder = tokenizer_folder(name)
+    mine, theirs = Tokenizer.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    for messages in CHAT, CHAT[:2], CHAT[1:2], CHAT[1:]:
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert mine.chat(messages) == expected
+
+
+def test_declared_ids(tokenizer_folder):
+    ids = {"qwen2.5": 151645, "qwen3": 151645, "deepseek-r1-distill": 151643, "smollm2": 2}
+    for name, eos in ids.items():
+        tokenizer = Tokenizer.from_pretrained(tokenizer_folder(name))
+        assert tokenizer.stop_ids == {eos} and tokenizer.eos_id == eos
+    llama = Tokenizer.from_pretrained(tokenizer_folder("llama3"))  # declares none
+    assert llama.stop_ids == set() and llama.eos_id is llama.bos_id is None
+
+
+# ----------------------------------------------------------------------- tokenizers made here
+
+
+def tiny(config=None, others=None, **changes):
+    """The tiny task's tokenizer with entries of tokenizer.json or of its files exchanged."""
+    files = tiny_tokenizer_files()
+    spec = json.loads(files["tokenizer.json"]) | changes
+    config = json.loads(files["tokenizer_config.json"]) | (config or {})
+    files = {"tokenizer.json": spec, "tokenizer_config.json": config} | (others or {})
+    return {name: json.dumps(content).encode() for name, content in files.items()}
+
+
+def test_tiny():
+    tokenizer = Tokenizer(tiny())
+    text = "<bos>a3b0c4d1e2?a0+0=0;[d1e2]l7=\\boxed{9}<eos>"
+    ids = tokenizer.encode(text)
+    assert (len(ids), tokenizer.n_ids) == (len(text) - 4 - 4 - 6, 33)
+    assert tokenizer.decode(ids, skip_special=False) == text
+    assert tokenizer.decode(ids) == text[5:-5]
+    assert tokenizer.chat([{"role": "user", "content": "a3?"}]) == [1, 13, 6, 30]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.stop_ids) == (1, 2, {2})
+    assert tokenizer.encode("09al+}\\boxed{") == [3, 12, 13, 24, 25, 32, 31]
+    draw = random.Random(0)
+    pieces = [*"0123abcl+=;[]?{}<>\\ \n\x04éĠ七", "\\boxed{", "\\boxed", "<eos>", "<bos>", "<pad>"]
+    texts = ["".join(draw.choices(pieces, k=draw.randint(0, 30))) for _ in range(3000)]
+    assert_agrees(tokenizer, tokenizers.Tokenizer.from_str(tiny()["tokenizer.json"].decode()), texts)
+
+
+@pytest.mark.parametrize("all_bytes", [True, False])
+@pytest.mark.parametrize("digits", [True, False])
+@pytest.mark.parametrize("nfc", [True, False])
+def test_trained_here(all_bytes, digits, nfc):
+    """All pre-tokenizers, with merges across the bytes that a vocabulary lacks."""
+    from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
+
+    theirs = tokenizers.Tokenizer(models.BPE())
+    steps = [pre_tokenizers.Digits(True)] if digits else []
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    theirs.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    theirs.decoder = decoders.ByteLevel()
+    if nfc:
+        theirs.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if all_bytes else []
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    theirs.train_from_iterator([text for text in HARD[:8]], trainer)
+    theirs.add_tokens([AddedToken("<a>", normalized=False), AddedToken("<a>b", normalized=False)])
+    theirs.add_special_tokens(["<s>"])
+    mine = Tokenizer({"tokenizer.json": theirs.to_str().encode()})
+    assert bool(mine.absent) is not all_bytes
+    draw = random.Random(0)
+    pieces = [*"".join(HARD[2:-1]), *" \n\t'", "<a>", "<a>b", "<s>", "12", " if"]
+    texts = ["".join(draw.choices(pieces, k=draw.randint(1, 30))) for _ in range(1000)]
+    assert_agrees(mine, theirs, HARD + texts)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(st.characters()))  # lone surrogates too
+def test_encode_is_total(text):
+    """No text raises; what comes back is the text, normalized, but for what UTF-8 cannot say."""
+    tokenizer = Tokenizer(TOTAL)
+    clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    assert tokenizer.decode(tokenizer.encode(text)) == unicodedata.normalize("NFC", clean)
+
+
+TOTAL = tiny(
+    added_tokens=[],
+    normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}]},
+    model={
+        "type": "BPE",
+        "vocab": {char: i for i, char in enumerate(model.BYTE_TO_CHAR.values())} | {"aa": 256},
+        "merges": [["a", "a"]],
+    },
+)
+
+
+# --------------------------------------------------------------------- declarations and chat
+
+
+@pytest.mark.parametrize(
+    "config, generation, model_config, expected",
+    [
+        ({}, None, None, {2}),
+        ({"eos_token": {"content": "<bos>"}}, None, None, {1}),
+        ({}, {"eos_token_id": [5, 6]}, {"eos_token_id": 7}, {2, 5, 6, 7}),
+        ({"eos_token": None}, {"eos_token_id": 5}, {"eos_token_id": [5, 8]}, {5, 8}),
+        ({"eos_token": "<|im_end|>"}, {}, {"eos_token_id": None}, set()),  # no such token
+    ],
+)
+def test_stop_ids_are_all_that_is_declared(config, generation, model_config, expected):
+    others = {"generation_config.json": generation, "config.json": model_config}
+    others = {name: content for name, content in others.items() if content is not None}
+    assert Tokenizer(tiny(config, others)).stop_ids == expected
+
+
+def render(template, **message):
+    tokenizer = Tokenizer(tiny({"chat_template": template}))
+    return tokenizer.decode(tokenizer.chat([{"role": "user", "content": "a"} | message]), False)
+
+
+def test_chat_templates():
+    assert render("{% for m in messages %}\n  {% break %}\n{% endfor %}a{{ eos_token }}") == "a<eos>"
+    assert render("{% generation %}{% set b = 1 %}b{% endgeneration %}{{ b }}") == "b"
+    assert render("{{ messages[0].content | tojson }}", content="<&7[") == "7["  # and not "\u003c"
+    assert len(render("{{ strftime_now('%Y') }}")) == 4
+    assert render("{{ 1 if tools is none and add_generation_prompt else 2 }}") == "1"
+    assert render([{"name": "tool_use", "template": "c"}, {"name": "default", "template": "d"}]) == "d"
+    file = tiny({"chat_template": "a"}) | {"chat_template.jinja": b"b"}
+    assert Tokenizer(file).chat([]) == [14]  # the file comes first
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no system role') }}",
+        "{{ messages.append(1) }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages[7].content.x }}",
+        "{% if %}",
+        [{"name": "tool_use", "template": "c"}],
+    ],
+)
+def test_chat_template_errors(template):
+    with pytest.raises(ValueError, match="the chat template cannot render"):
+        render(template)
+
+
+def test_chat_without_a_template(tokenizer_folder):
+    folder = tokenizer_folder("smollm2")
+    files = {"tokenizer.json": (folder / "tokenizer.json").read_bytes()}
+    tokenizer = Tokenizer(files)
+    assert tokenizer.decode(tokenizer.chat(CHAT[1:2])) == "User:   What is 12 + 30?\n\n\n\nAssistant:"
+    with_bos = Tokenizer(files | {"tokenizer_config.json": b'{"bos_token": "<|im_start|>"}'})
+    assert with_bos.chat(CHAT) == [1, *tokenizer.chat(CHAT)]
+
+
+def test_save_copies_the_files(tmp_path):
+    files = tiny(others={"generation_config.json": {"eos_token_id": [2, 3]}, "config.json": {}})
+    source, target = tmp_path / "source", tmp_path / "a" / "target"
+    source.mkdir()
+    for name, content in files.items():
+        (source / name).write_bytes(content)
+    Tokenizer.from_pretrained(source).save(target)
+    assert {f.name: f.read_bytes() for f in target.iterdir()} | {"config.json": b"{}"} == files
+    Tokenizer.from_pretrained(target).save(target)  # onto itself
+    assert Tokenizer.from_pretrained(str(target)).stop_ids == {2, 3}
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+
+
+def split(pattern, behavior="Isolated"):
+    step = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+    return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [step, BYTE_LEVEL]}}
+
+
+def bpe(**changes):
+    return {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []} | changes}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model": {"type": "Unigram", "vocab": []}}, "Unigram"),
+        ({"model": {"type": "WordPiece", "vocab": {}}}, "WordPiece"),
+        ({"model": {}}, "malformed"),
+        ({"model": None}, "malformed"),
+        (bpe(byte_fallback=True), "byte_fallback"),
+        (bpe(dropout=0.1), "dropout"),
+        (bpe(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+        (bpe(unk_token="a"), "unk_token"),
+        (bpe(merges=["a b"]), "malformed"),
+        (bpe(vocab={"a": 0, "b": 1, "xyz": 2}, ignore_merges=True), "ignore_merges"),
+        ({"decoder": None}, "decoder"),
+        ({"decoder": {"type": "Metaspace"}}, "decoder"),
+        ({"normalizer": {"type": "NFKC"}}, "NFKC"),
+        ({"pre_tokenizer": None}, "pre-tokenizer"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
+        ({"pre_tokenizer": BYTE_LEVEL}, "ByteLevel"),
+        ({"pre_tokenizer": BYTE_LEVEL | {"use_regex": True, "add_prefix_space": True}}, "ByteLevel"),
+        (split(r"\p{N}|\P{N}+", "Removed"), "Split"),
+        (split(r"\p{L}+| "), "leaves out"),
+        (split(r"(a"), "cannot read"),
+        ({"added_tokens": [{"content": "<a>"}]}, "malformed"),
+    ],
+)
+def test_unsupported_tokenizers_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Tokenizer(tiny(**changes))
+
+
+def test_stripping_tokens_are_refused():
+    tokens = json.loads(tiny()["tokenizer.json"])["added_tokens"]
+    with pytest.raises(ValueError, match="lstrip"):
+        Tokenizer(tiny(added_tokens=[*tokens, tokens[0] | {"content": "<m>", "lstrip": True}]))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"7", b"\xff\xfe{"])
+def test_malformed_files_are_named(name, content):
+    with pytest.raises(ValueError, match=name):
+        Tokenizer(tiny() | {name: content})
+
+
+def test_missing_files(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="tokenizer.json is missing"):
+        Tokenizer.from_pretrained(tmp_path)
+
+    def snapshot_download(name, allow_patterns):
+        assert "tokenizer.json" in allow_patterns and "model.safetensors" not in allow_patterns
+        raise OSError("no network")
+
+    monkeypatch.setattr(model, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match=r"'nobody/nothing' is no folder here.*OSError"):
+        Tokenizer.from_pretrained("nobody/nothing")
