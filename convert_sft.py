@@ -23,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,7 +36,8 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
                                                      set_optimizer_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from model import ModelConfig, Tokenizer, Transformer, UsageError, check_window, cli, read_weights, write_file
+from model import (LOGITS_PER_CHUNK, ModelConfig, RingCache, Tokenizer, Transformer, UsageError, check_window, cli,
+                   read_json, read_weights, resolve, write_file)
 
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -43,6 +45,9 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 # ----------------------------------------------------------------------------------------------------
 # data: problems as {"problem", "answer", "solution"}
+
+
+NOT_A_PROBLEM = ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration
 
 
 def load_problems(source):
@@ -59,7 +64,7 @@ def load_problems(source):
             if line.strip():
                 try:
                     rows.append(as_problem(json.loads(line)))
-                except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+                except NOT_A_PROBLEM as error:
                     raise UsageError(f"{path} line {number}: not a problem in JSON ({error}); a line needs at least "
                                      '"problem" and "answer"') from None
     elif path.suffix or path.exists() or source.count("/") != 1:
@@ -73,7 +78,10 @@ def load_problems(source):
         except Exception as error:  # network, unknown id, missing config: many types, one cure
             raise UsageError(f"--data {source} could not be fetched from the hub: check the name and the connection "
                              f"({type(error).__name__})") from None
-        rows = [as_problem(row) for row in rows]
+        try:
+            rows = [as_problem(row) for row in rows]
+        except NOT_A_PROBLEM as error:
+            raise UsageError(f"--data {source}: its rows are not in a known layout ({error})") from None
     if not rows:
         raise UsageError(f"--data {source} is empty: it needs at least one problem")
     return rows
@@ -109,6 +117,13 @@ def solution_text(row):
 def held_out(problem, percent=20):
     """Whether a hash puts this problem on the validation side: the same side in every run."""
     return hashlib.sha256(problem.encode("utf-8", "replace")).digest()[0] < 2.56 * percent
+
+
+def draw(items, first, count, seed):
+    """Items `first` to `first + count` of an endless stream of shuffled epochs: no state but the position."""
+    epochs = range(first // len(items), (first + count - 1) // len(items) + 1)
+    order = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(len(items)) for epoch in epochs])
+    return [items[i] for i in order[first % len(items):][:count]]
 
 
 def as_prompt(tokenizer, problem, instruction):
@@ -296,7 +311,7 @@ class Trainer:
     under a temporary name; the last two are kept. At the end the model lies in the folder itself.
     """
 
-    def __init__(self, model, folder, settings, device, weight_decay=0.0, grad_clip=1.0, micro_tokens=16384):
+    def __init__(self, model, folder, settings, device, weight_decay=0.0, grad_clip=1.0, micro_tokens=16384, wandb=None):
         self.folder, self.settings, self.device = Path(folder), settings, device
         self.grad_clip, self.micro_tokens, self.step, self.seconds = grad_clip, micro_tokens, 0, 0.0
         self.skipped, self.stopping, self.began, self.records = 0, False, time.time(), []
@@ -312,14 +327,31 @@ class Trainer:
         groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": weight_decay},
                   {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
+        self.wandb, self.drawn = start_wandb(wandb, self.folder, settings) if wandb and RANK == 0 else None, 0.0
         self.resume()
-        for name in (signal.SIGINT, signal.SIGTERM):  # finish the step, save, stop; a second one stops at once
-            signal.signal(name, self.interrupt)
+        if threading.current_thread() is threading.main_thread():
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, self.interrupt)
 
-    def interrupt(self, name, frame):
-        signal.signal(name, signal.SIG_DFL if name == signal.SIGTERM else signal.default_int_handler)
+    def interrupt(self, *_):
+        """Ctrl-C or SIGTERM: finish the step, save, stop; the second one stops at once."""
         self.stopping = True
         print("\nstopping after this step", file=sys.stderr, flush=True)
+        self.default_signals()
+
+    @staticmethod
+    def default_signals():
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def elapsed(self):
+        """Seconds of the run, over interruptions."""
+        return self.seconds + time.time() - self.began
+
+    def done(self, steps):
+        """Whether the run is complete on the disk."""
+        return self.step >= steps and (self.folder / "config.json").exists()
 
     def update(self, rows, loss_fn, lr, temperature=1.0):
         """One optimizer step on this rank's rows; returns the grad norm, or None if it was not finite.
@@ -354,11 +386,18 @@ class Trainer:
         self.optimizer.step()
         return norm
 
+    @torch.no_grad()
+    def add_logprobs(self, rows, name, temperature=1.0):
+        """Adds this model's log-probabilities of the targets to the rows, as a column."""
+        for row in rows:  # a row at a time: FSDP ranks must agree on the number of forwards
+            m = pack([row], 1, self.device)[0]
+            with self.amp:
+                row[name] = self.model(m["tokens"], m["cu_seqlens"], m["targets"], temperature)[0][0].tolist()
+
     def log(self, record, line=None):
         """Counts the step, prints the dense line, appends the record (rank 0)."""
         self.step += 1
-        now = time.time()
-        record = {"step": self.step, **record, "elapsed": self.seconds + now - self.began}
+        record = {"step": self.step, **record, "elapsed": self.elapsed()}
         if RANK == 0:
             if line:
                 print(f"{line} | {record['elapsed']:.0f} s", flush=True)
@@ -368,6 +407,8 @@ class Trainer:
         self.records.append(record)
         with open(self.folder / "log.jsonl", "a") as f:
             f.write(json.dumps(record) + "\n")
+        if self.wandb and "step" in record:
+            self.wandb.log(record, step=record["step"])
 
     # -- checkpoints
 
@@ -378,12 +419,14 @@ class Trainer:
                 get_optimizer_state_dict(self.model, self.optimizer, options=options))
 
     def save(self, final=False):
-        """Writes step-N; `final` puts the model into the run's folder as well."""
+        """Writes step-N and, now and then, the picture; `final` puts the model into the run's folder before."""
         weights, optimizer = self.states()
         if RANK == 0:
-            self.seconds, self.began = self.seconds + time.time() - self.began, time.time()
+            self.seconds, self.began = self.elapsed(), time.time()
             target, temporary = self.folder / f"step-{self.step:06d}", self.folder / "step.tmp"
             try:
+                if final:  # first: were it cut off between the two, the last step would just be done again
+                    self.model.save_pretrained(self.folder, weights)
                 shutil.rmtree(temporary, ignore_errors=True)
                 self.model.save_pretrained(temporary, weights)
                 state = {"optimizer": optimizer, "step": self.step, "seconds": self.seconds,
@@ -393,13 +436,16 @@ class Trainer:
                 os.replace(temporary, target)
                 for old in sorted(self.folder.glob("step-*"))[:-2]:
                     shutil.rmtree(old)
-                if final:
-                    self.model.save_pretrained(self.folder, weights)
+                if final or time.time() - self.drawn > 60:
+                    draw_curves(self.folder / "curves.png", self.records, str(self.folder))
+                    self.drawn = time.time()
             except OSError as error:
                 raise UsageError(f"{target} could not be written ({error.strerror}): free some space or choose another "
                                  "--out; the checkpoint before it is whole") from None
         if WORLD > 1:
             dist.barrier()
+        if final:
+            self.default_signals()
 
     def resume(self):
         """Continues from the newest checkpoint that is whole; refuses one made with other settings."""
@@ -437,6 +483,46 @@ class Trainer:
                 print(f"{self.folder}: continuing after step {self.step}", flush=True)
 
 
+def start_wandb(project, folder, settings):
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError("--wandb needs the package: pip install wandb, or leave the flag out") from None
+    return wandb.init(project=project, name=str(folder), config=settings, resume="allow", id=str(folder).replace("/", "-"))
+
+
+CURVES = {  # column of log.jsonl: label; a run's picture shows those that it has
+    "loss": "training loss (nats/token)", "held_out": "held-out loss (nats/token)", "reward": "mean reward",
+    "length": "mean length (tokens)", "entropy": "policy entropy (nats/token)", "truncated": "truncated share",
+    "grad_norm": "gradient norm before clipping", "tok_per_s": "tokens/s",
+}
+
+
+def draw_curves(path, records, title):
+    """The run's log as small multiples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    columns = [c for c in CURVES if any(c in r for r in records)]
+    if not columns:
+        return
+    figure, axes = plt.subplots(-(-len(columns) // 2), 2, figsize=(8, 2.2 * -(-len(columns) // 2)), squeeze=False)
+    for axis, column in zip(axes.flat, columns):
+        points = [(r["step"], r[column]) for r in records if r.get(column) is not None]
+        axis.plot(*zip(*points), color="#0072B2", linewidth=1.2, marker="." if len(points) < 60 else "")
+        axis.set(title=CURVES[column], xlabel="step")
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(columns):]:
+        axis.set_visible(False)
+    figure.suptitle(title, fontsize=9)
+    figure.tight_layout()
+    write_file(path, lambda f: figure.savefig(f, dpi=110, format="png"))
+    plt.close(figure)
+
+
 def all_max(value, device):
     if WORLD == 1:
         return value
@@ -460,9 +546,8 @@ def pretrain_tiny(args):
     tokenizer = Tokenizer(model.tokenizer_files)
     round_steps, rounds, lr = 1500, 4, 3e-3
     trainer = Trainer(model, folder, {"seed": args.seed, "stage": "base"}, device, weight_decay=0.01)
-    if (folder / "config.json").exists():
+    if trainer.done(1):
         return folder
-    rng = np.random.default_rng([args.seed, 0])
     stream = []  # documents one after another, restating with a probability of their own
     for row in tiny_problems(12000, [args.seed, 1], restate=lambda rng: rng.random()):
         text = row["solution"].split("\\boxed")[0]
@@ -477,7 +562,7 @@ def pretrain_tiny(args):
         crops = [stream[i:i + T + 1] for i in rng.integers(0, len(stream) - T - 1, B)]
         rows = [{"tokens": c[:-1].tolist(), "targets": c[1:].tolist()} for c in crops]
         here = trainer.step % round_steps
-        trainer.update(rows, loss_fn, schedule(here, round_steps, lr, 75, "linear", decay_from=0.6))
+        trainer.update(rows[RANK::WORLD], loss_fn, schedule(here, round_steps, lr, 75, "linear", decay_from=0.6))
         trainer.log({}, None)
         if trainer.step % round_steps == 0:
             read = reads_restatements(model, tokenizer, [args.seed, 3])
@@ -496,6 +581,7 @@ SETTINGS = {  # flag: (tiny, a real model on a CPU: a rehearsal, a real model on
     "warmup": (10, 1, 30, "steps of linear warm-up"),
     "max_length": (256, 512, 16384, "tokens of an example; longer ones are left out"),
     "eval_every": (50, 2, 50, "steps between held-out losses"),
+    "held_out": (200, 4, 200, "examples for the held-out loss"),
     "save_every": (10, 1, 20, "steps between checkpoints; Ctrl-C saves at once, kill -9 loses at most these"),
     "data": ("tiny", "open-r1/OpenR1-Math-220k", "open-r1/OpenR1-Math-220k", "JSONL file or hub id[:config[:split]]"),
     "instruction": ("", INSTRUCTION, INSTRUCTION, "appended to each problem"),
@@ -526,38 +612,50 @@ def layers_arg(text):
 
 
 def add_settings(parser, table):
-    """A flag for each row of a table of settings; its default depends on the model and the machine."""
-    types = {"window": window_arg}
+    """A flag for each row of a table of settings, and what every script has."""
     for name, (tiny, cpu, gpu, text) in table.items():
-        shown = f"{text} (default: tiny {tiny!r}, CPU {cpu!r}, GPU {gpu!r})".replace("%", "%%")
-        parser.add_argument(f"--{name.replace('_', '-')}", type=types.get(name, type(gpu)), help=shown)
+        defaults = f"tiny {tiny!r}, CPU {cpu!r}, GPU {gpu!r}" if not tiny == cpu == gpu else repr(gpu)
+        kind = window_arg if name == "window" else type(gpu)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help=f"{text} (default: {defaults})".replace("%", "%%"))
     parser.add_argument("--model", default=DEFAULT_MODEL, help="tiny, a Hugging Face folder or a hub id (default: %(default)s)")
     parser.add_argument("--out", default="out", help="where <model>/<stage>-w<window>/ goes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="(default: %(default)s)")
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log to Weights & Biases, if it is installed")
+    parser.add_argument("--plan", action="store_true", help="print the memory that the run will take, and stop")
+    # conversion (stage 1)
+    parser.add_argument("--window-from", type=int, help="start with this window and shrink to --window over half the run")
+    parser.add_argument("--full-layers", type=layers_arg, help="layers that keep full attention, such as 0,14,27")
+    parser.add_argument("--nope-full", action="store_true", help="those layers without RoPE: an experiment")
 
 
-def settle(args, table):
-    """Fills what was not given from the column that fits; checks; prints the result once."""
+MAY_BE_ZERO = ("steps", "hours", "warmup", "temperature")
+
+
+def settle(args, table, **given):
+    """A stage's arguments: what was given, the rest from the column of its table that fits; checked."""
+    args = argparse.Namespace(**{**vars(args), **given})
     column = 0 if args.model == "tiny" else 2 if pick_device(args.device).type == "cuda" else 1
     for name, row in table.items():
         if getattr(args, name) is None:
             setattr(args, name, row[column])
         value = getattr(args, name)
-        if isinstance(value, (int, float)) and not (value > 0 or value == 0 and name in ZERO_IS_FINE):
+        if isinstance(value, (int, float)) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
             raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
     if args.model == "tiny":
-        torch.set_num_threads(1)  # the tiny matrices gain nothing from more
+        torch.set_num_threads(1)  # tiny matrices gain nothing from more, and both arms want a core
     return args
 
 
-ZERO_IS_FINE = ("steps", "warmup", "temperature", "hours")
+def other_stage(args, table, **given):
+    """The same run's arguments for another stage: its own defaults, except for what is given."""
+    return settle(args, table, **{**dict.fromkeys(table), **given})
 
 
 def stage_folder(args, stage, window=None):
-    name = "tiny" if args.model == "tiny" else Path(args.model).resolve().name if Path(args.model).exists() else \
-        args.model.split("/")[-1]
-    return Path(args.out) / name / f"{stage}-w{window or args.window}"
+    """<out>/<model>/<stage>-w<window>."""
+    path = Path(args.model)
+    return Path(args.out) / (path.resolve().name if path.exists() else path.name) / f"{stage}-w{window or args.window}"
 
 
 @torch.no_grad()
@@ -575,11 +673,14 @@ def sft_rows(args, tokenizer):
     """(training rows, held-out rows) of the data: prompt by the chat template, loss on the response only."""
     if args.data == "tiny":  # 80 % of the documents hardly restate, 20 % nearly always
         problems = tiny_problems(4000, [args.seed, 4], restate=lambda rng: 0.1 if rng.random() < 0.8 else 0.9)
-        held = tiny_problems(200, [args.seed, 5], test=True, restate=lambda rng: 0.1 if rng.random() < 0.8 else 0.9)
+        held = tiny_problems(args.held_out, [args.seed, 5], test=True, restate=lambda rng: 0.1 if rng.random() < 0.8 else 0.9)
     else:
         problems = load_problems(args.data)
-        held = [p for p in problems if held_out(p["problem"], 2)][:200]
+        held = [p for p in problems if held_out(p["problem"], 2)][:args.held_out]
         problems = [p for p in problems if not held_out(p["problem"], 2)]
+    end = min(tokenizer.stop_ids, default=None) if tokenizer.eos_id is None else tokenizer.eos_id
+    if end is None:
+        raise UsageError(f"{args.model} names no eos token: add eos_token to its tokenizer_config.json")
     sides = []
     for side in (problems, held):
         rows = []
@@ -587,7 +688,7 @@ def sft_rows(args, tokenizer):
             if p["solution"]:
                 prompt = as_prompt(tokenizer, p["problem"], args.instruction)
                 text = p["solution"] if args.data == "tiny" else solution_text(p)
-                row = make_row(prompt, tokenizer.encode(text) + [tokenizer.eos_id])
+                row = make_row(prompt, tokenizer.encode(text) + [end])
                 if len(row["tokens"]) <= args.max_length:
                     rows.append(row)
         sides.append(rows)
@@ -597,8 +698,37 @@ def sft_rows(args, tokenizer):
     return sides
 
 
+def memory_plan(config, tokens, slots=0, length=0):
+    """[(part, bytes)] of a GPU run: `tokens` in one micro-batch, `slots` sequences of `length` in rollouts."""
+    with torch.device("meta"):
+        P = sum(p.numel() for p in Transformer(config).parameters())
+    C, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    return [("weights, float32 masters", 4 * P), ("gradients, float32", 4 * P), ("AdamW, two moments, float32", 8 * P),
+            ("bfloat16 casts of the weights (autocast)", 2 * P),
+            ("block inputs kept for the backward", 2 * tokens * C * L),
+            ("one block recomputed, with its gradients", 2 * 2 * tokens * (3 * I + 4 * C + 2 * heads)),
+            ("one chunk of logits, float32, with its gradient", 3 * 4 * LOGITS_PER_CHUNK),
+            *([("rollout copy, bfloat16", 2 * P),
+               ("ring cache (while no block is recomputed)", slots * RingCache.bytes_per_slot(config, length, torch.bfloat16))]
+              if slots else [])]
+
+
+def print_plan(args, tokens, slots=0, length=0):
+    """The plan of one GPU as a table, before anything is allocated; needs config.json only."""
+    config = TINY if args.model == "tiny" else \
+        ModelConfig.from_dict(read_json(resolve(args.model, ["config.json"]) / "config.json"))
+    config.window, config.full_layers = as_window(args.window), tuple(args.full_layers or ())
+    plan = memory_plan(config, max(tokens, args.micro_tokens), slots, length)
+    print(f"| {args.model}, window {args.window}, {max(tokens, args.micro_tokens):,} tokens a micro-batch | GB |\n|---|---|")
+    for part, size in [*plan, ("sum", sum(size for _, size in plan))]:
+        print(f"| {part} | {size / 1e9:.2f} |")
+
+
 def convert(args):
     """Stage 1: base -> SWA by SFT (or SA, with --window full); returns the folder, done already or now."""
+    if args.window_from and args.window == "full":
+        raise UsageError("--window-from shrinks towards a --window, and full has no size: give a number of keys")
     folder = stage_folder(args, "sft")
     device = pick_device(args.device)
     base = pretrain_tiny(args) if args.model == "tiny" else args.model
@@ -607,18 +737,16 @@ def convert(args):
     model = Transformer.from_pretrained(base, window=as_window(args.window), full_layers=args.full_layers or (),
                                         device=device, dtype=torch.float32)
     model.config.nope_full = args.nope_full
-    tokenizer = Tokenizer(model.tokenizer_files)
-    train, held = sft_rows(args, tokenizer)
-    trainer = Trainer(model, folder, settings, device, weight_decay=0.0, micro_tokens=args.micro_tokens)
-    if trainer.step >= args.steps and (folder / "config.json").exists():
-        print(f"{folder}: done already ({trainer.step} steps)", flush=True)
+    train, held = sft_rows(args, Tokenizer(model.tokenizer_files))
+    trainer = Trainer(model, folder, settings, device, micro_tokens=args.micro_tokens, wandb=args.wandb)
+    if trainer.done(args.steps):
         return folder
 
     def losses():
         student = held_out_loss(trainer, held)
         return {"held_out": student, "gap_to_teacher": student - teacher}
 
-    window, model.config.window = model.config.window, None
+    window, model.config.window = as_window(args.window), None
     teacher = held_out_loss(trainer, held) if held else float("nan")
     model.config.window = window
     if held and trainer.step == 0:
@@ -628,12 +756,9 @@ def convert(args):
     while trainer.step < args.steps and not trainer.stopping:
         step, began = trainer.step, time.time()
         if args.window_from:  # shrink geometrically over the first half, then stay
-            share = min(1.0, 2 * step / args.steps)
+            share = min(1.0, 2 * (step + 1) / args.steps)
             model.config.window = round(args.window_from * (window / args.window_from) ** share)
-        epoch, at = divmod(step * args.batch, len(train))
-        order = np.concatenate([np.random.default_rng([args.seed, 6, e]).permutation(len(train))
-                                for e in range(epoch, (at + args.batch - 1) // len(train) + epoch + 1)])
-        rows = [train[i] for i in order[at:at + args.batch]]
+        rows = draw(train, step * args.batch, args.batch, [args.seed, 6])
         n_tokens = sum(t >= 0 for row in rows for t in row["targets"])
         total = [0.0]
 
@@ -654,7 +779,7 @@ def convert(args):
         shown = f" | held-out {record['held_out']:.3f} (SA {teacher:.3f})" if "held_out" in record else ""
         quiet = not (shown or time.time() - spoke > 5)
         spoke = spoke if quiet else time.time()
-        trainer.log(record, f"sft w={args.window} step {step + 1}/{args.steps} | loss {loss:.3f}{shown} | norm {norm:.2f} "
+        trainer.log(record, f"sft w={args.window} step {step + 1}/{args.steps} | loss {loss:.3f}{shown} | norm {norm or float('nan'):.2f} "
                             f"| lr {lr:.1e} | {tok_per_s:,.0f} tok/s" * (not quiet))
         if (step + 1) % args.save_every == 0 or last or trainer.stopping:
             trainer.save(final=last)
@@ -663,18 +788,18 @@ def convert(args):
     return folder
 
 
-def add_conversion(parser):
-    parser.add_argument("--window-from", type=int, help="start with this window and shrink to --window over half the run")
-    parser.add_argument("--full-layers", type=layers_arg, help="layers that keep full attention, such as 0,14,27")
-    parser.add_argument("--nope-full", action="store_true", help="those layers without RoPE: an experiment")
+def parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_settings(parser, SETTINGS)
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_settings(parser, SETTINGS)
-    add_conversion(parser)
-    args = settle(parser.parse_args(), SETTINGS)
-    print("settings:", json.dumps(vars(args)), flush=True)
+    args = settle(parser().parse_args(), SETTINGS)
+    if args.plan:
+        return print_plan(args, args.max_length)
+    if RANK == 0:
+        print("settings:", json.dumps(vars(args)), flush=True)
     print(f"done: {convert(args)}")
 
 

@@ -111,6 +111,8 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, d):
         """From a parsed config.json; UsageError names whatever this transformer does not compute."""
+        if d.get("model_type") == "nanoswarr":
+            d = d | {"model_type": d["base_model_type"]}
         kind = d.get("model_type")
         if kind not in ("qwen2", "qwen3", *LLAMA_FAMILY):
             raise UsageError(f"model_type {kind!r} is not supported: use a Qwen2, Qwen2.5, Qwen3, Llama or "
@@ -172,14 +174,14 @@ class ModelConfig:
         architectures = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", **LLAMA_FAMILY}
         d["architectures"] = [architectures[d["model_type"]]]
         if self.nope_full:  # nobody else computes this, so nobody else may open it as something it is not
-            d |= {"nope_full": True, "architectures": ["nanoSWARR"], "auto_map": None}
+            d |= {"nope_full": True, "model_type": "nanoswarr", "base_model_type": d["model_type"]}
         return d
 
 
 LLAMA_FAMILY = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                 "ministral": "MinistralForCausalLM"}
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
-               "rope_parameters", "architectures", "full_layers", "window", "rope_scaling")
+               "rope_parameters", "architectures", "full_layers", "window", "rope_scaling", "base_model_type")
 
 
 def check_window(window):
@@ -438,7 +440,10 @@ def resolve(name_or_path, patterns):
 
 def read_json(path):
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist: give a Hugging Face model folder") from None
     except (ValueError, OSError) as error:
@@ -488,7 +493,7 @@ LONG_RUN = re.compile(r"\s{100000}")  # some 500,000 overflow the stack of tikto
 
 
 def unsupported(what):
-    return ValueError(
+    return UsageError(
         f"tokenizer.json has {what}, which is not supported: use a checkpoint with byte-level BPE, "
         "such as Qwen2.5, Qwen3, Llama 3, SmolLM2 or a DeepSeek-R1 distillation of these"
     )
@@ -550,11 +555,11 @@ class Tokenizer:
     def __init__(self, files):
         self.files = files
         if "tokenizer.json" not in files:
-            raise ValueError("there is no tokenizer.json: convert the tokenizer to that format")
+            raise UsageError("there is no tokenizer.json: convert the tokenizer to that format")
         try:
             self._build(self._json("tokenizer.json"))
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"tokenizer.json is malformed ({error!r}): fetch it again") from error
+            raise UsageError(f"tokenizer.json is malformed ({error!r}): fetch it again") from error
         self.config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
         named = {key: value for key, value in self.config.items() if key.endswith("_token")}
         named = {key: v["content"] if isinstance(v, dict) else v for key, v in named.items()}
@@ -584,9 +589,9 @@ class Tokenizer:
         try:
             content = json.loads(self.files.get(name, b"{}"))
         except ValueError as error:
-            raise ValueError(f"{name} is not valid JSON ({error}): fetch it again") from error
+            raise UsageError(f"{name} is not valid JSON ({error}): fetch it again") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{name} is no JSON object: fetch it again")
+            raise UsageError(f"{name} is no JSON object: fetch it again")
         return content
 
     def _build(self, spec):
@@ -711,7 +716,7 @@ class Tokenizer:
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **self.named
             )
         except Exception as error:  # the template is the checkpoint's code
-            raise ValueError(f"the chat template cannot render these messages: {error}") from error
+            raise UsageError(f"the chat template cannot render these messages: {error}") from error
         return self.encode(text)
 
 

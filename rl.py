@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -24,9 +25,10 @@ import numpy as np
 import torch
 
 import convert_sft
-from convert_sft import (INSTRUCTION, RANK, WORLD, Trainer, add_conversion, add_settings, all_sum, as_prompt, convert,
-                         held_out, load_problems, make_row, pick_device, settle, stage_folder, tiny_problems)
-from model import Tokenizer, Transformer, UsageError, cli, generate, read_json, write_file
+from convert_sft import (RANK, WORLD, Trainer, add_settings, all_sum, as_prompt, as_window, convert, draw, held_out,
+                         load_problems, make_row, other_stage, pick_device, print_plan, schedule, settle, stage_folder,
+                         tiny_problems)
+from model import Rollout, Tokenizer, Transformer, UsageError, cli, generate, read_json, write_file
 
 # ----------------------------------------------------------------------------------------------------
 # the answer checker
@@ -96,7 +98,26 @@ def overlong_penalty(length, limit, buffer):
 
 
 # ----------------------------------------------------------------------------------------------------
-# rollouts and validation
+# rollouts
+
+
+@dataclass
+class Episode(Rollout):
+    """A rollout, its text, the checker's verdict on it and the reward."""
+
+    text: str
+    verdict: str
+    reward: float
+
+
+def roll_out(model, tokenizer, questions, seeds, args, temperature, label):
+    """questions [(prompt ids, gold)] -> one Episode each; a truncated response earns 0."""
+    rollouts = generate(model, [prompt for prompt, _ in questions], args.max_new_tokens, temperature, tokenizer.stop_ids,
+                        args.slots, seeds, n_ids=tokenizer.n_ids, progress=label)
+    texts = [tokenizer.decode(r.tokens) for r in rollouts]
+    verdicts = grade_batch(texts, [gold for _, gold in questions])
+    return [Episode(**vars(r), text=text, verdict=verdict, reward=float(verdict == "correct" and r.finished))
+            for r, text, verdict in zip(rollouts, texts, verdicts)]
 
 
 def rollout_copy(trainer):
@@ -116,47 +137,13 @@ def refresh(copy, model):
             target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
 
 
-def validate(model, tokenizer, problems, args, repeats=1):
-    """Accuracy on held-out problems -> {"greedy": ..., "T=1": ...}, each with scores (n, repeats), mean
-    length in tokens, truncated share, and how often a response restates (opens a bracket)."""
-    prompts = [as_prompt(tokenizer, p["problem"], args.instruction) for p in problems]
-    results = {}
-    for name, temperature, k in (("greedy", 0.0, 1), ("T=1", 1.0, repeats)):
-        rollouts = generate(model, [p for p in prompts for _ in range(k)], args.max_new_tokens, temperature,
-                            tokenizer.stop_ids, args.slots, seed=10**6 + args.seed, n_ids=tokenizer.n_ids,
-                            progress=f"validate {name}")
-        texts = [tokenizer.decode(r.tokens) for r in rollouts]
-        verdicts = grade_batch(texts, [p["answer"] for p in problems for _ in range(k)])
-        right = [v == "correct" and r.finished for v, r in zip(verdicts, rollouts)]
-        results[name] = {"scores": np.reshape(right, (-1, k)).astype(int).tolist(),
-                         "length": float(np.mean([len(r.tokens) for r in rollouts])),
-                         "truncated": float(np.mean([not r.finished for r in rollouts])),
-                         "restatements": float(np.mean([t.count("[") for t in texts]))}
-    return results
-
-
-def bootstrap_ci(scores, level=0.95, seed=0, n=2000):
-    """scores (problems, repeats) -> (mean, low, high): percentile bootstrap that resamples problems and,
-    within each, repeats (the paper's intervals are over 8 to 32 repeats)."""
-    scores = np.asarray(scores, float)
-    P, R = scores.shape
-    rng = np.random.default_rng(seed)
-    means = []
-    for _ in range(n):
-        problem = rng.integers(P, size=(P, 1))
-        repeat = rng.integers(R, size=(P, R))
-        means.append(scores[problem, repeat].mean())
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(scores.mean()), float(low), float(high)
-
-
 # ----------------------------------------------------------------------------------------------------
 # the RL run
 
 SETTINGS = {  # flag: (tiny, a real model on a CPU: a rehearsal, a real model on a GPU; what it is)
     "window": convert_sft.SETTINGS["window"],
     "steps": (40, 2, 500, "RL steps, one rollout batch each"),
-    "hours": (0.0, 0.0, 0.0, "stop after these hours of training instead, 0: no limit (equal-time comparisons)"),
+    "hours": (0.0, 0.0, 0.0, "stop after these hours of the run, 0: no limit (for equal-time comparisons)"),
     "prompts": (16, 2, 32, "prompts a step"),
     "group": (8, 4, 8, "answers sampled for each prompt, G"),
     "max_new_tokens": (140, 128, 8192, "tokens of a response; a truncated one earns 0"),
@@ -164,75 +151,78 @@ SETTINGS = {  # flag: (tiny, a real model on a CPU: a rehearsal, a real model on
     "warmup": (3, 1, 5, "steps of linear warm-up"),
     "temperature": (1.0, 1.0, 1.0, "of sampling and of the policy that is trained; no top-k or top-p"),
     "updates": (1, 1, 1, "optimizer updates a rollout batch; the clip wakes above 1"),
-    "validate": (512, 4, 128, "held-out problems for accuracy before and after RL"),
+    "validate": (512, 4, 128, "held-out problems for the accuracy before and after RL"),
     "save_every": (1, 1, 1, "steps between checkpoints; kill -9 loses at most these"),
     "data": ("tiny", "openai/gsm8k:main", "BytedTsinghua-SIA/DAPO-Math-17k", "JSONL file or hub id[:config[:split]]"),
-    "sft_data": ("tiny", convert_sft.SETTINGS["data"][1], convert_sft.SETTINGS["data"][2],
-                 "data of stage 1, should its checkpoint be missing; with a JSONL --data, the same file"),
-    "sft_steps": (*(convert_sft.SETTINGS["steps"][:3]), "steps of stage 1, should its checkpoint be missing"),
-    "instruction": ("", INSTRUCTION, INSTRUCTION, "appended to each problem"),
+    "sft_data": convert_sft.SETTINGS["data"][:3] + ("data of stage 1; with a JSONL file in --data, that file",),
+    "sft_steps": convert_sft.SETTINGS["steps"][:3] + ("steps of stage 1, which runs if its checkpoint is missing",),
+    "instruction": convert_sft.SETTINGS["instruction"],
     "micro_tokens": convert_sft.SETTINGS["micro_tokens"],
 }
+HELD_OUT = 5  # percent of the problems, by a hash: never trained on, used for validation
+
+
+def questions_of_step(args, tokenizer, problems, step, attempt=0):
+    """This rank's ([(prompt, gold)], seeds) of a step, each prompt G times: a function of the seed and the
+    step alone, whatever the number of ranks."""
+    if problems is None:
+        chosen = tiny_problems(args.prompts, [args.seed, 7, step, attempt])
+    else:
+        chosen = draw(problems, (step + attempt * args.steps) * args.prompts, args.prompts, [args.seed, 8])
+    seeds = np.random.default_rng([args.seed, 9, step, attempt]).integers(2**62, size=(args.prompts, args.group))
+    questions = [(as_prompt(tokenizer, p["problem"], args.instruction), p["answer"]) for p in chosen]
+    return [q for q in questions[RANK::WORLD] for _ in range(args.group)], seeds[RANK::WORLD].flatten().tolist()
+
+
+def informative(rewards):
+    """Which groups of rewards (prompts, G) disagree: only these carry a gradient."""
+    return (rewards != rewards[:, :1]).any(-1)
 
 
 def train_rl(args, start):
-    """GRPO from the model in folder `start`; returns the run's folder."""
-    folder, device = stage_folder(args, "rl"), pick_device(args.device)
-    window = None if args.window == "full" else args.window
+    """GRPO from the model in folder `start`; returns the run's folder, done already or now."""
+    folder, device, G = stage_folder(args, "rl"), pick_device(args.device), args.group
     model = Transformer.from_pretrained(start, device=device, dtype=torch.float32)
-    if model.config.window != window:
-        raise UsageError(f"{start} has window {model.config.window}, not {args.window}: give its --window, or remove it")
+    if model.config.window != as_window(args.window):
+        raise UsageError(f"{start} has window {model.config.window}, not {args.window}: give its window, or another --out")
     tokenizer = Tokenizer(model.tokenizer_files)
-    names = [*SETTINGS, "seed", "adv_std", "min_informative", "overlong_buffer", "tis_cap"]
-    left_out = ("steps", "hours", "save_every", "validate", "micro_tokens", "sft_steps", "sft_data")
-    settings = {k: getattr(args, k) for k in names if k not in left_out} | {"stage": "rl"}
-    trainer = Trainer(model, folder, settings, device, micro_tokens=args.micro_tokens)
+    problems = None if args.data == "tiny" else \
+        [p for p in load_problems(args.data) if not held_out(p["problem"], HELD_OUT)]
+    same = ("window", "prompts", "group", "max_new_tokens", "lr", "warmup", "temperature", "updates", "data", "instruction",
+            "seed", "adv_std", "min_informative", "overlong_buffer", "tis_cap")
+    settings = {"stage": "rl", **{name: getattr(args, name) for name in same}}
+    trainer = Trainer(model, folder, settings, device, micro_tokens=args.micro_tokens, wandb=args.wandb)
     sampler = rollout_copy(trainer)
-    problems = None if args.data == "tiny" else [p for p in load_problems(args.data) if not held_out(p["problem"], 5)]
-    G, limit = args.group, args.hours * 3600 or float("inf")
 
-    def batch_of(step, attempt):
-        """This rank's (prompt, gold, seeds) of a step: a function of the seed, the step and nothing else."""
-        if problems is None:
-            chosen = tiny_problems(args.prompts, [args.seed, 7, step, attempt])
-        else:
-            first = (step + attempt * 10**6) * args.prompts
-            order = np.concatenate([np.random.default_rng([args.seed, 8, e]).permutation(len(problems)) for e in
-                                    range(first // len(problems), (first + args.prompts - 1) // len(problems) + 1)])
-            chosen = [problems[i] for i in order[first % len(problems):][:args.prompts]]
-        seeds = np.random.default_rng([args.seed, 9, step, attempt]).integers(2**62, size=(args.prompts, G))
-        return [(as_prompt(tokenizer, p["problem"], args.instruction), p["answer"], seeds[i].tolist())
-                for i, p in enumerate(chosen)][RANK::WORLD]
+    def out_of_time():
+        return args.hours and trainer.elapsed() > args.hours * 3600
 
-    def roll_out(step, attempt):
-        """(rollouts, texts, verdicts, rewards (prompts, G)) of this rank."""
-        batch = batch_of(step, attempt)
-        rollouts = generate(sampler, [p for p, _, _ in batch for _ in range(G)], args.max_new_tokens, args.temperature,
-                            tokenizer.stop_ids, args.slots, seed=[s for _, _, seeds in batch for s in seeds],
-                            n_ids=tokenizer.n_ids, progress=f"step {step + 1}: roll out")
-        texts = [tokenizer.decode(r.tokens) for r in rollouts]
-        verdicts = grade_batch(texts, [gold for _, gold, _ in batch for _ in range(G)])
-        rewards = [float(v == "correct" and r.finished)
-                   + overlong_penalty(len(r.tokens), args.max_new_tokens, args.overlong_buffer)
-                   for v, r in zip(verdicts, rollouts)]
-        return rollouts, texts, verdicts, torch.tensor(rewards).view(-1, G)
+    def sample_step(step, attempt):
+        """Episodes and their rewards (prompts, G)."""
+        label = f"step {step + 1}: roll out" if RANK == 0 else None
+        episodes = roll_out(sampler, tokenizer, *questions_of_step(args, tokenizer, problems, step, attempt), args,
+                            args.temperature, label)
+        penalties = [overlong_penalty(len(e.tokens), args.max_new_tokens, args.overlong_buffer) for e in episodes]
+        return episodes, torch.tensor([e.reward + p for e, p in zip(episodes, penalties)]).view(-1, G)
 
-    while trainer.step < args.steps and trainer.seconds + time.time() - trainer.began < limit and not trainer.stopping:
+    while trainer.step < args.steps and not out_of_time() and not trainer.stopping:
+        # roll out
         step, began = trainer.step, time.time()
         refresh(sampler, trainer.model)
-        rollouts, texts, verdicts, rewards = roll_out(step, 0)
-        attempt = 0  # dynamic sampling (DAPO): more prompts until enough groups disagree
-        while all_sum([informative(rewards).sum().item()], device)[0] < args.min_informative and attempt < 4:
-            attempt += 1
-            more = roll_out(step, attempt)
-            rollouts, texts, verdicts = rollouts + more[0], texts + more[1], verdicts + more[2]
-            rewards = torch.cat((rewards, more[3]))
+        episodes, rewards = sample_step(step, 0)
+        for attempt in range(1, 4):  # dynamic sampling (DAPO): more prompts until enough groups disagree
+            if all_sum([informative(rewards).sum().item()], device)[0] >= args.min_informative:
+                break
+            more = sample_step(step, attempt)
+            episodes, rewards = episodes + more[0], torch.cat((rewards, more[1]))
         rollout_seconds = time.time() - began
-        advantages = group_advantages(rewards, args.adv_std)
-        useful = informative(rewards)
-        rows = [make_row(r.prompt, r.tokens, advantage=[a] * len(r.tokens), rollout_logprobs=r.logprobs, mask=[1.0] * len(
-            r.tokens)) for r, a, u in zip(rollouts, advantages.flatten().tolist(), useful.repeat_interleave(G)) if u]
-        n_tokens, n_useful = all_sum([sum(len(r.tokens) for r in rollouts), useful.sum().item()], device)
+
+        # learn: groups that agree have advantage 0 throughout, so they are left out but stay in n_tokens
+        useful, advantages = informative(rewards), group_advantages(rewards, args.adv_std)
+        rows = [make_row(e.prompt, e.tokens, advantage=[a] * len(e.tokens), mask=[1.0] * len(e.tokens),
+                         rollout_logprobs=e.logprobs)
+                for e, a, u in zip(episodes, advantages.flatten().tolist(), useful.repeat_interleave(G)) if u]
+        n_tokens, n_useful = all_sum([sum(len(e.tokens) for e in episodes), useful.sum().item()], device)
         sums = {"entropy": 0.0, "logp_gap": 0.0, "tokens": 0.0}
 
         def loss_fn(logprobs, entropy, m):
@@ -243,115 +233,175 @@ def train_rl(args, start):
             return grpo_loss(logprobs, old, m["advantage"], m["mask"], n_tokens,
                              rollout_logprobs=m["rollout_logprobs"] if args.tis_cap else None, tis_cap=args.tis_cap)
 
-        lr = convert_sft.schedule(step, args.steps, args.lr, args.warmup)
-        norm, update_began = 0.0, time.time()
-        if n_useful:  # else every group agrees: nothing to learn from, and no update
-            if args.updates > 1:
-                trainer.add_logprobs(rows, "old_logprobs", args.temperature)
-            for _ in range(args.updates):
-                norm = trainer.update(rows, loss_fn, lr, args.temperature)
+        lr, norm, update_began = schedule(step, args.steps, args.lr, args.warmup), 0.0, time.time()
+        if n_useful and args.updates > 1:
+            trainer.add_logprobs(rows, "old_logprobs", args.temperature)
+        for _ in range(args.updates if n_useful else 0):
+            norm = trainer.update(rows, loss_fn, lr, args.temperature)
         seconds, update_seconds = time.time() - began, time.time() - update_began
-        entropy, gap, tokens = all_sum(list(sums.values()), device)
-        n, correct, length, truncated, solved, groups, *kinds = all_sum(
-            [len(rollouts), sum(v == "correct" for v in verdicts), sum(len(r.tokens) for r in rollouts),
-             sum(not r.finished for r in rollouts), (rewards > 0).any(-1).sum().item(), len(rewards),
-             *(sum(v == k for v in verdicts) for k in ("unparsed", "missing", "timeout"))], device)
-        reward = all_sum([rewards.sum().item()], device)[0] / n
-        record = {"reward": reward, "accuracy": correct / n, f"pass@{G}": solved / groups, "length": length / n,
-                  "truncated": truncated / n, "entropy": entropy / max(tokens, 1), "logp_gap": gap / max(tokens, 1),
-                  "grad_norm": norm, "lr": lr, "informative": n_useful, "groups": groups,
-                  **dict(zip(("unparsed", "missing", "timeout"), kinds)),
-                  "tok_per_s": n_tokens / rollout_seconds, "update_tok_per_s": tokens / max(update_seconds, 1e-9),
-                  "rollout_seconds": rollout_seconds, "update_seconds": update_seconds, "seconds": seconds}
-        trainer.log(record, f"rl w={args.window} step {step + 1}/{args.steps} | reward {reward:.3f} | len {length / n:.0f} | "
-                            f"ent {record['entropy']:.2f} | norm {norm or float('nan'):.2f} | lr {lr:.1e} | {seconds:.1f} s "
-                            f"| {record['tok_per_s']:,.0f} tok/s" + ("" if n_useful else " | all groups agree: no update"))
+
+        # log
+        kinds = ("correct", "unparsed", "missing", "timeout")
+        n, groups, reward, truncated, solved, entropy, gap, tokens, *counts = all_sum(
+            [len(episodes), len(rewards), rewards.sum().item(), sum(not e.finished for e in episodes),
+             (rewards > 0).any(-1).sum().item(), *sums.values(), *(sum(e.verdict == k for e in episodes) for k in kinds)],
+            device)
+        record = {
+            "reward": reward / n, f"pass@{G}": solved / groups, "length": n_tokens / n, "truncated": truncated / n,
+            "entropy": entropy / max(tokens, 1), "logp_gap": gap / max(tokens, 1), "grad_norm": norm, "lr": lr,
+            "groups": groups, "informative": n_useful, **dict(zip(kinds, counts)),
+            "tok_per_s": n_tokens / rollout_seconds, "update_tok_per_s": tokens / max(update_seconds, 1e-9),
+            "rollout_seconds": rollout_seconds, "update_seconds": update_seconds, "seconds": seconds}
+        trainer.log(record, f"rl w={args.window} step {step + 1}/{args.steps} | reward {reward / n:.3f} | len "
+                            f"{n_tokens / n:.0f} | ent {record['entropy']:.2f} | norm {norm or 0:.3f} | lr {lr:.1e} | "
+                            f"{seconds:.1f} s | {record['tok_per_s']:,.0f} tok/s" + " | all agree" * (not n_useful))
         if RANK == 0:
-            with open(folder / "episodes.txt", "a") as f:
-                for r, text, reward in list(zip(rollouts, texts, rewards.flatten().tolist()))[::max(1, len(texts) // 2)]:
-                    f.write(f"--- step {step + 1}, reward {reward:g}, {len(r.tokens)} tokens\n"
-                            f"{tokenizer.decode(r.prompt)}\n>>> {text}\n")
-        if trainer.step % args.save_every == 0 or trainer.step == args.steps or trainer.stopping:
-            trainer.save()
+            with open(folder / "episodes.txt", "a", encoding="utf-8") as f:
+                for e in (episodes[0], episodes[-1]):
+                    f.write(f"--- step {step + 1} | reward {e.reward:g} | {e.verdict} | {len(e.tokens)} tokens\n"
+                            f"{tokenizer.decode(e.prompt)}\n>>> {e.text}\n")
+        last = trainer.step >= args.steps or out_of_time()
+        if last or trainer.stopping or trainer.step % args.save_every == 0:
+            trainer.save(final=last)
     if trainer.stopping:
         raise KeyboardInterrupt
-    if not (folder / "config.json").exists() or read_json(folder / "config.json").get("rl_step") != trainer.step:
-        trainer.model.config.extra["rl_step"] = trainer.step
-        trainer.save(final=True)
     return folder
 
 
-def informative(rewards):
-    """Which groups (prompts, G) disagree: only these carry a gradient."""
-    return (rewards != rewards[:, :1]).any(-1)
-
-
 # ----------------------------------------------------------------------------------------------------
-# the whole recipe
+# validation, and the whole recipe
+
+
+def bootstrap_ci(scores, level=0.95, seed=0, n=2000):
+    """scores (problems, repeats) -> (mean, low, high): percentile bootstrap that resamples problems and,
+    within each, repeats (the paper's intervals are over 8 to 32 repeats of a benchmark)."""
+    scores, rng = np.asarray(scores, float), np.random.default_rng(seed)
+    P, R = scores.shape
+    means = [scores[rng.integers(P, size=(P, 1)), rng.integers(R, size=(P, R))].mean() for _ in range(n)]
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(scores.mean()), float(low), float(high)
+
+
+def validate(folder, args):
+    """Held-out accuracy of a stage's model, greedy and at T=1, kept in its folder -> {"greedy", "T=1"}:
+    scores (n, 1), mean length in tokens, truncated share, restatements (opened brackets) a response."""
+    path, of = folder / "validation.json", [args.data, args.validate, args.max_new_tokens, args.seed]
+    if path.exists() and path.stat().st_mtime > (folder / "model.safetensors").stat().st_mtime:
+        found = read_json(path)
+        if found["of"] == of:
+            return found
+    model = Transformer.from_pretrained(folder, device=pick_device(args.device))
+    tokenizer, found = Tokenizer(model.tokenizer_files), {"of": of}
+    problems = tiny_problems(args.validate, [args.seed, 10], test=True) if args.data == "tiny" else \
+        [p for p in load_problems(args.data) if held_out(p["problem"], HELD_OUT)][:args.validate]
+    if not problems:
+        raise UsageError(f"--data {args.data} is too small to hold out problems for validation: give more problems")
+    questions = [(as_prompt(tokenizer, p["problem"], args.instruction), p["answer"]) for p in problems]
+    for name, temperature in (("greedy", 0.0), ("T=1", 1.0)):
+        episodes = roll_out(model, tokenizer, questions, 10**6 + args.seed, args, temperature, f"validate {name}:")
+        found[name] = {"scores": [[int(e.reward)] for e in episodes],
+                       "length": float(np.mean([len(e.tokens) for e in episodes])),
+                       "truncated": float(np.mean([not e.finished for e in episodes])),
+                       "restatements": float(np.mean([e.text.count("[") for e in episodes]))}
+    write_file(path, lambda f: f.write_text(json.dumps(found)))
+    return found
 
 
 def run_arm(args):
-    """Stage 1 if its checkpoint is missing, stage 2, and validation of both -> the two results."""
+    """Stage 1 if its checkpoint is missing, then stage 2; both validated -> {"sft": ..., "rl": ...}."""
     sft = stage_folder(args, "sft")
-    stage1 = argparse.Namespace(**vars(args))
-    for name in convert_sft.SETTINGS:
-        setattr(stage1, name, getattr(args, name) if name in ("window", "instruction", "micro_tokens") else None)
-    stage1.steps, stage1.data = args.sft_steps, args.sft_data
-    settle(stage1, convert_sft.SETTINGS)
     if not (sft / "config.json").exists():
-        convert(stage1)
-    results = {}
-    if args.data == "tiny":
-        problems = tiny_problems(args.validate, [args.seed, 10], test=True)
-    else:
-        problems = [p for p in load_problems(args.data) if held_out(p["problem"], 5)][:args.validate]
-    for stage in ("sft", "rl"):
-        folder = sft if stage == "sft" else train_rl(args, sft)
-        model = Transformer.from_pretrained(folder, device=pick_device(args.device))
-        if not (folder / "validation.json").exists() or stage == "rl":
-            found = validate(model, Tokenizer(model.tokenizer_files), problems, args)
-            write_file(folder / "validation.json", lambda f: f.write_text(json.dumps(found)))
-        results[stage] = read_json(folder / "validation.json")
-    return results
+        data = args.data if Path(args.data).is_file() and not args.sft_data_given else args.sft_data
+        convert(other_stage(args, convert_sft.SETTINGS, window=args.window, instruction=args.instruction,
+                            micro_tokens=args.micro_tokens, steps=args.sft_steps, data=data))
+    before = validate(sft, args) if RANK == 0 else None
+    rl = train_rl(args, sft)
+    return {"sft": before, "rl": validate(rl, args) if RANK == 0 else None}
 
 
 def tiny_recipe(args):
-    """Both arms side by side, SA (window full) and SWA, one process each; then the table and the picture."""
+    """Both arms, SA (window full) and SWA, side by side in a process each; then the table and the picture."""
     began = time.time()
     convert_sft.pretrain_tiny(args)
-    other = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--window", "full", "--one-arm"])
-    swa = run_arm(args)
-    if other.wait():
-        raise UsageError("the full-attention arm stopped; the same command continues")
-    args_full = argparse.Namespace(**{**vars(args), "window": "full"})
-    arms = {"SA": {s: read_json(stage_folder(args_full, s) / "validation.json") for s in ("sft", "rl")}, "SWA": swa}
-    print(f"\n| model | greedy | T=1 | length | restatements | n |\n|---|---|---|---|---|---|")
-    summary = {}
+    sa = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--window", "full"])
+    try:
+        swa = run_arm(args)
+    finally:
+        code = sa.wait()
+    if code:
+        raise UsageError("the full-attention arm stopped early (see above): the same command continues")
+    full = argparse.Namespace(**{**vars(args), "window": "full"})
+    arms = {"SA": {stage: validate(stage_folder(full, stage), full) for stage in ("sft", "rl")}, "SWA": swa}
+    cells, summary = {}, {}
     for arm, stages in arms.items():
         for stage, found in stages.items():
-            cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap_ci(found[t]["scores"])) for t in ("greedy", "T=1")]
-            t1 = found["T=1"]
-            summary[f"{arm.lower()}_{stage}"] = float(np.mean(t1["scores"]))
-            print(f"| {arm}-{stage.upper()} | {' | '.join(cells)} | {t1['length']:.1f} | {t1['restatements']:.2f} | "
-                  f"{len(t1['scores'])} |")
-    print(json.dumps({**summary, "seconds": round(time.time() - began, 1), "seed": args.seed, "window": args.window}))
+            cells[arm, stage] = {t: bootstrap_ci(found[t]["scores"]) for t in ("greedy", "T=1")}
+            summary[f"{arm.lower()}_{stage}"] = cells[arm, stage]["T=1"][0]
+    print(f"\nheld-out accuracy, n = {args.validate}, 95 % bootstrap intervals, window {args.window}, seed {args.seed}\n\n"
+          "| model | greedy | T=1 | length | restatements |\n|---|---|---|---|---|")
+    for (arm, stage), row in cells.items():
+        text = " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(*row[t]) for t in row)
+        t1 = arms[arm][stage]["T=1"]
+        print(f"| {arm}-{stage.upper()} | {text} | {t1['length']:.1f} | {t1['restatements']:.2f} |")
+    picture = Path(args.out) / "tiny" / f"recipe-w{args.window}.png"
+    draw_recipe(picture, cells, {"SA": stage_folder(full, "rl"), "SWA": stage_folder(args, "rl")}, args)
+    print(f"\npicture: {picture}")
+    seconds = round(time.time() - began, 1)
+    print(json.dumps({**summary, "seconds": seconds, "seed": args.seed, "window": args.window, "n": args.validate}))
+
+
+def draw_recipe(path, cells, runs, args):
+    """Left: accuracy at T=1 after SFT and after RL with intervals; right: reward over RL steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (bars, curves) = plt.subplots(1, 2, figsize=(8, 3.2))
+    for i, (arm, color) in enumerate({"SA": "#E69F00", "SWA": "#0072B2"}.items()):
+        label = "SA (full attention)" if arm == "SA" else f"SWA (window {args.window})"
+        mean, low, high = zip(*(cells[arm, stage]["T=1"] for stage in ("sft", "rl")))
+        x = np.arange(2) + 0.4 * i - 0.2
+        bars.bar(x, mean, 0.38, color=color, label=label, yerr=np.abs(np.array([low, high]) - mean), capsize=3)
+        for at, value, top in zip(x, mean, high):
+            bars.text(at, top + 0.02, f"{value:.2f}", ha="center", fontsize=8)
+        log = [json.loads(line) for line in (runs[arm] / "log.jsonl").read_text().splitlines()]
+        curves.plot(*zip(*((r["step"], r["reward"]) for r in log if "reward" in r)), color=color, label=label)
+    bars.set(xticks=[0, 1], xticklabels=["after SFT", "after RL"], ylim=(0, 1.15),
+             ylabel=f"accuracy at T=1 (n={args.validate})")
+    curves.set(xlabel="RL step", ylabel="mean reward on training prompts", ylim=(0, 1.05))
+    curves.legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"tiny task, seed {args.seed}, 95 % bootstrap intervals", fontsize=9)
+    figure.tight_layout()
+    write_file(path, lambda f: figure.savefig(f, dpi=110, format="png"))
+    plt.close(figure)
+
+
+def parser():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add_settings(parser, SETTINGS)
+    # alternatives to the defaults
+    parser.add_argument("--adv-std", action="store_true", help="divide advantages by the group's standard deviation")
+    parser.add_argument("--min-informative", type=int, default=0, help="sample up to 3 times more until so many groups disagree")
+    parser.add_argument("--overlong-buffer", type=int, default=0, help="tokens before the limit in which a soft penalty grows")
+    parser.add_argument("--tis-cap", type=float, default=0.0, help="truncated importance sampling, such as 2; 0: off")
+    parser.add_argument("--slots", type=int, help="sequences that run at a time (default: what free memory holds)")
+    return parser
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    add_settings(parser, SETTINGS)
-    add_conversion(parser)
-    parser.add_argument("--slots", type=int, help="sequences that run at a time (default: by free memory)")
-    parser.add_argument("--adv-std", action="store_true", help="divide advantages by the group's standard deviation")
-    parser.add_argument("--min-informative", type=int, default=0, help="sample more prompts until so many groups disagree")
-    parser.add_argument("--overlong-buffer", type=int, default=0, help="tokens before the limit where a soft penalty grows")
-    parser.add_argument("--tis-cap", type=float, default=0.0, help="truncated importance sampling, 0: off")
-    parser.add_argument("--one-arm", action="store_true", help="with tiny: this window only")
-    args = settle(parser.parse_args(), SETTINGS)
-    if args.model == "tiny" and args.window != "full" and not args.one_arm:
+    args = parser().parse_args()
+    args.sft_data_given = args.sft_data is not None
+    both = args.model == "tiny" and args.window != "full"
+    args = settle(args, SETTINGS)
+    if args.plan:
+        length = args.max_new_tokens + 1024
+        return print_plan(args, length, args.slots or args.prompts * args.group, length)
+    if both:
         return tiny_recipe(args)
     results = run_arm(args)
-    print(json.dumps({s: float(np.mean(r["T=1"]["scores"])) for s, r in results.items()}))
+    if RANK == 0:
+        print(json.dumps({stage: bootstrap_ci(found["T=1"]["scores"]) for stage, found in results.items()}))
 
 
 if __name__ == "__main__":

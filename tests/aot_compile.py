@@ -1,14 +1,16 @@
-"""Compiles the kernels ahead of time, without a GPU, and prints one JSON record a kernel.
+"""Compiles the kernels ahead of time, which needs no GPU, and prints one JSON record for each.
 
-Run in a process of its own, without TRITON_INTERPRET, since that variable counts at import:
+In a process of its own, without TRITON_INTERPRET, since that counts when the kernels are imported:
 
-    python tests/aot_compile.py                     # every architecture: minutes
-    python tests/aot_compile.py sm_90 128           # one architecture, one head dimension
+    python tests/aot_compile.py                       # every kernel on every architecture
+    python tests/aot_compile.py --sm 90 --dims 128    # some of them
 """
+import argparse
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -19,59 +21,74 @@ from triton.compiler import ASTSource
 
 import swa_kernel as swa
 
-DUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-KERNELS = {"fwd": swa._fwd_kernel, "dq": swa._dq_kernel, "dkv": swa._dkv_kernel,
-           "decode": swa._decode_kernel, "combine": swa._combine_kernel}
-FP32 = {"lse", "delta", "part", "part_lse"}
-INT32 = {"N", "T", "S", "W", "G", "H", "n_blocks", "n_splits"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TYPES = {"position": "*i64", "cu_seqlens": "*i32", "scale": "fp32"} | dict.fromkeys(
+    ("lse", "delta", "part", "part_lse"), "*fp32") | dict.fromkeys(
+    ("N", "T", "S", "W", "G", "n_blocks", "n_splits"), "i32")
 
 
 def loop_spills(sass):
-    """Local loads and stores inside the innermost loops that multiply matrices, the hot ones.
+    """Local loads and stores inside the innermost loops, which are the hot ones.
 
-    STACK > 0 alone says little: ptxas parks what a later loop needs while an earlier one runs.
+    The stack's size alone says little: ptxas parks there what a later loop needs.
     """
-    code, worst = re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;]*);", sass), 0
-    code = [(int(at, 16), text) for at, text in code]
-    jumps = [(int(m[1], 16), at) for at, text in code
+    code = [(int(at, 16), text) for at, text in
+            re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*);", sass)]
+    loops = [(int(m[1], 16), at) for at, text in code
              if (m := re.search(r"BRA.* 0x([0-9a-f]+)", text)) and int(m[1], 16) < at]
-    for lo, hi in jumps:
-        body = [text for at, text in code if lo <= at <= hi]
-        nested = any((a, b) != (lo, hi) and lo <= a and b <= hi for a, b in jumps)
-        if not nested and any("MMA" in text or "FFMA" in text for text in body):
-            worst = max(worst, sum("LDL" in text or "STL" in text for text in body))
-    return worst
+    inner = [(lo, hi) for lo, hi in loops
+             if not any((a, b) != (lo, hi) and lo <= a and b <= hi for a, b in loops)]
+    return max((sum(lo <= at <= hi and ("LDL" in text or "STL" in text) for at, text in code)
+                for lo, hi in inner), default=0)
 
 
-def build(kernel, dtype, sm, constants, warps, stages):
-    """Compile for one architecture with 16-byte aligned pointers and strides; its figures."""
-    fn = KERNELS[kernel]
+def build(name, dtype, sm, constants, warps, stages):
+    """One kernel with 16-byte aligned pointers and strides, as they are in practice; its figures."""
+    fn = getattr(swa, name)
     signature, fixed, attrs = {}, {}, {}
-    for i, name in enumerate(fn.arg_names):
-        if name in constants:
-            signature[name], fixed[i,] = "constexpr", constants[name]
-        elif name == "scale":
-            signature[name] = "fp32"
-        elif name in INT32:
-            signature[name] = "i32"
-        else:
-            aligned = name.startswith("s_")
-            signature[name] = "i32" if aligned else "*i64" if name == "position" else \
-                "*i32" if name == "cu_seqlens" else "*fp32" if name in FP32 else "*" + dtype
-            if name not in ("position", "cu_seqlens"):
-                attrs[i,] = [["tt.divisibility", 16]]
+    for i, arg in enumerate(fn.arg_names):
+        if arg in constants:
+            signature[arg], fixed[i,] = "constexpr", constants[arg]
+            continue
+        signature[arg] = "i32" if arg.startswith("s_") else TYPES.get(arg, "*" + dtype)
+        if arg.startswith("s_") or signature[arg][0] == "*":
+            attrs[i,] = [["tt.divisibility", 16]]
     compiled = triton.compile(ASTSource(fn, signature, fixed, attrs), GPUTarget("cuda", sm, 32),
                               {"num_warps": warps, "num_stages": stages})
-    cubin = Path("/tmp") / f"swa_{kernel}_{sm}.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run([DUMP, "--dump-resource-usage", cubin], capture_output=True, text=True,
-                           check=True).stdout
-    sass = subprocess.run([DUMP, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    cubin.unlink()
-    return {"kernel": kernel, "dtype": dtype, "sm": sm, "D": constants["D"],
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage, sass = (subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True,
+                                      check=True).stdout for flag in ("-res-usage", "-sass"))
+    return {"kernel": name, "dtype": dtype, "sm": sm, "D": constants["D"],
             "packed": constants.get("PACKED", False), "warps": warps, "stages": stages,
-            "tile": [constants.get("BM"), constants.get("BN")],
+            "tile": [constants[x] for x in ("BM", "BG", "BN", "BS") if x in constants],
             "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-            "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-            "loop_spills": loop_spills(sass), "shared": compiled.metadata.shared,
-            "wgmma": "wgmma.mma_async" in compiled.asm["ptx"]}
+            "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "loop_spills": loop_spills(sass),
+            "shared": compiled.metadata.shared, "wgmma": "wgmma.mma_async" in compiled.asm["ptx"]}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--sm", type=int, nargs="+", default=[80, 89, 90, 100], help="architectures")
+    parser.add_argument("--dims", type=int, nargs="+", default=[32, 64, 96, 128], help="head sizes")
+    parser.add_argument("--dtypes", nargs="+", default=["bf16"], help="bf16, fp16, fp32")
+    parser.add_argument("--packed", action="store_true", help="the variant for cu_seqlens")
+    args = parser.parse_args()
+    for sm in args.sm:
+        for dtype in args.dtypes:
+            for D in args.dims:
+                BD, packed = swa._pad(D), {"PACKED": args.packed} | ({} if args.packed else
+                                                                     {"cu_seqlens": None})
+                tiles = swa.TILES[BD, "sm_90" if sm in (90, 100) else "sm_80"]
+                for name, tile in zip(("_forward", "_backward_q", "_backward_kv"), tiles):
+                    BM, BN, warps, stages = swa.FP32_TILE if dtype == "fp32" else tile
+                    constants = packed | {"D": D, "BD": BD, "BM": BM, "BN": BN}
+                    print(json.dumps(build(name, dtype, sm, constants, warps, stages)), flush=True)
+                for name, tile in (("_decode", {"BG": 16, "BN": 64}), ("_combine", {"BS": 128})):
+                    record = build(name, dtype, sm, tile | {"D": D, "BD": BD}, 4, 3)
+                    print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    main()

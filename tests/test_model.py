@@ -1,0 +1,453 @@
+"""The model against transformers, the ring cache against the full forward, generation, folders."""
+
+import json
+import shutil
+import weakref
+from types import MethodType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as nano
+from model import ModelConfig, RingCache, Tokenizer, Transformer, UsageError, generate, sample
+
+W = 5
+SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+         "max_position_embeddings": 256}
+
+
+def randomize(module, seed=0):
+    """fp64 and random everywhere: norms of one and biases of zero would hide that they are ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.double().named_parameters():
+        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        p.data = 1 + 0.3 * noise if "norm" in name else (1.0 if "embed" in name else 0.4) * noise
+    return module.eval().requires_grad_(False)
+
+
+def tiny(window=W, full_layers=(), model_type="qwen3", **changes):
+    return randomize(Transformer(ModelConfig(**SHAPE | changes, model_type=model_type, window=window,
+                                             full_layers=full_layers)))
+
+
+def tokens_of(*shape, seed=1, vocab=61):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def close(a, b, tolerance=1e-8):
+    torch.testing.assert_close(a, b, rtol=0, atol=tolerance)
+
+
+# ----------------------------------------------------------------------------------- transformers
+
+
+def exact_norm(self, x):
+    """transformers' RMSNorm without its detour through float32."""
+    return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+
+def exact(hf):
+    for module in hf.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = MethodType(exact_norm, module)
+    return hf.eval()
+
+
+def opened(folder):
+    """The folder as others see it."""
+    transformers = pytest.importorskip("transformers")
+    return exact(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64))
+
+
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+          "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+CHECKPOINTS = {  # name: (class, its own configuration, the window and full layers that it means)
+    "qwen2": ("Qwen2", {}, None, ()),
+    "qwen2 with an unused window": ("Qwen2", {"use_sliding_window": False, "sliding_window": W},
+                                    None, ()),
+    "qwen2 windowed": ("Qwen2", {"use_sliding_window": True, "sliding_window": W,
+                                 "max_window_layers": 0}, W, ()),
+    "qwen2 windowed from layer 2": ("Qwen2", {"use_sliding_window": True, "sliding_window": W,
+                                              "max_window_layers": 2}, W, (0, 1)),
+    "qwen2 never windowed": ("Qwen2", {"use_sliding_window": True, "sliding_window": W}, None, ()),
+    "qwen3 tied": ("Qwen3", {"tie_word_embeddings": True}, None, ()),
+    "qwen3 mixed": ("Qwen3", {"use_sliding_window": True, "sliding_window": W,
+                              "layer_types": MIXED}, W, (1,)),
+    "llama tied": ("Llama", {"tie_word_embeddings": True}, None, ()),
+    "llama 3": ("Llama", {"rope_parameters": LLAMA3}, None, ()),
+    "mistral": ("Mistral", {"sliding_window": W}, W, ()),
+    "mistral without": ("Mistral", {"sliding_window": None}, None, ()),
+    "ministral": ("Ministral", {"sliding_window": W, "layer_types": MIXED}, W, (1,)),
+}
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_transformers_agrees_both_ways(tmp_path, name):
+    """Their folder in ours, single and sharded; ours in theirs, with the window we set."""
+    transformers = pytest.importorskip("transformers")
+    kind, own, window, full_layers = CHECKPOINTS[name]
+    config = getattr(transformers, f"{kind}Config")(**SHAPE | own)
+    theirs = exact(randomize(getattr(transformers, f"{kind}ForCausalLM")(config)))
+    x = tokens_of(2, 24)
+    theirs.save_pretrained(tmp_path / "one")
+    theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    for folder in ("one", "shards"):
+        ours = Transformer.from_pretrained(tmp_path / folder)
+        assert ours.dtype == torch.float64
+        assert (ours.config.window, ours.config.full_layers) == (window, full_layers)
+        close(ours(x), theirs(x).logits)
+
+    seen = []
+    for n, (window, full_layers) in enumerate([(None, ()), (W, ()), (W - 1, ()), (W, (0, 2))]):
+        ours = Transformer.from_pretrained(tmp_path / "one", window, full_layers)
+        ours.save_pretrained(tmp_path / str(n))
+        again = Transformer.from_pretrained(tmp_path / str(n))
+        assert (again.config.window, again.config.full_layers) == (window, full_layers)
+        seen.append(opened(tmp_path / str(n))(x).logits)
+        close(ours(x), seen[-1])
+        close(again(x), seen[-1])
+        for other in seen[:-1]:  # a window that is written but not honoured changes nothing
+            assert (seen[-1] - other).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_smollm2_logits_and_greedy_text(smollm2):
+    """Real weights and the real tokenizer give transformers' logits and its own greedy text."""
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    ours, tokenizer = Transformer.from_pretrained(smollm2), Tokenizer.from_pretrained(smollm2)
+    prompt = tokenizer.chat([{"role": "user", "content": "What is the capital of France?"}])
+    close(ours(torch.tensor([prompt])), theirs(torch.tensor([prompt])).logits, 1e-3)
+    said = theirs.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False)
+    [rollout] = generate(ours, [prompt], 20, temperature=0, stop_ids=tokenizer.stop_ids)
+    assert rollout.tokens == said[0, len(prompt):].tolist()
+    assert "Paris" in tokenizer.decode(rollout.tokens)
+
+
+def test_nobody_else_opens_full_layers_without_rope(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = tiny(full_layers=(1,), nope_full=True)
+    assert (ours(tokens_of(1, 9)) - tiny(full_layers=(1,))(tokens_of(1, 9))).abs().max() > 1e-3
+    ours.save_pretrained(tmp_path)
+    close(Transformer.from_pretrained(tmp_path)(tokens_of(1, 9)), ours(tokens_of(1, 9)))
+    with pytest.raises((ValueError, OSError)):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+# -------------------------------------------------------------------------------- full and cached
+
+
+@pytest.mark.parametrize("full_layers", [(), (1,)])
+def test_reach_is_layers_times_window_minus_one(full_layers):
+    ours, T = tiny(full_layers=full_layers), 20
+    seen = []
+    ours.model.embed_tokens.register_forward_hook(
+        lambda module, _, x: seen.append(x.requires_grad_()) or x)
+    ours(tokens_of(1, T))[0, -1].sum().backward()
+    touched = seen[0].grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
+    assert touched == list(range(0 if full_layers else T - 1 - 3 * (W - 1), T))
+
+
+def test_packed_rows_are_separate_rows():
+    ours, lengths = tiny(), [1, W, 13, 2]
+    x = tokens_of(1, sum(lengths))
+    cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
+    apart = torch.cat([ours(part) for part in x.split(lengths, 1)], 1)
+    close(ours(x, cu_seqlens), apart)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_score_in_chunks(monkeypatch, temperature):
+    """log p and entropy are those of softmax(logits / T), however the logits are chunked; so is
+    the gradient."""
+    results = []
+    targets = tokens_of(2, 11, seed=2)
+    targets[0, :6] = -1
+    for elements in (nano.LOGITS_PER_CHUNK, 4 * 61):
+        monkeypatch.setattr(nano, "LOGITS_PER_CHUNK", elements)
+        ours = tiny().requires_grad_()
+        logp, entropy = ours(tokens_of(2, 11), targets=targets, temperature=temperature)
+        (logp * torch.arange(22).view(2, 11)).sum().backward()
+        results.append([logp, entropy, *(p.grad for p in ours.parameters())])
+    for one, many in zip(*results):
+        close(one, many)
+    reference = F.log_softmax(ours(tokens_of(2, 11)) / temperature, -1)
+    asked = targets >= 0
+    close(logp, reference.gather(-1, targets.clamp(0)[..., None])[..., 0] * asked)
+    close(entropy, -(reference.exp() * reference).sum(-1) * asked)
+    assert not ours(tokens_of(1, 3), targets=torch.full((1, 3), -1))[0].any()
+
+
+KINDS = {"windowed": {}, "mixed": {"full_layers": (0,)}, "full": {"window": None}, "W=1": {"window": 1},
+         "qwen2": {"model_type": "qwen2"}}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_ring_cache_is_the_full_forward(kind, chunk):
+    """Prefill whole, packed or chunk by chunk, then token by token across wrap-around, rows at
+    different positions; unwritten slots are NaN, and the slots are then used a second time."""
+    ours = tiny(**KINDS[kind])
+    cache = RingCache(ours.config, 4, 5 * W, dtype=torch.float64)
+    for ring in cache.k + cache.v:
+        ring.fill_(torch.nan)
+    for lengths in ([W - 1, W, W + 1, 2 * W + 3], [2, 1, W + 1, W - 2]):
+        rows = [tokens_of(n + 2 * W, seed=n)[None] for n in lengths]
+        full = [ours(row)[0] for row in rows]
+        if chunk == 1000:  # all prompts in one packed forward
+            attend, positions = cache.prefill([3, 0, 2, 1], lengths)
+            x = ours.hidden(torch.cat([r[:, :n] for r, n in zip(rows, lengths)], 1), positions, attend)
+            close(ours.lm_head(x[0]), torch.cat([f[:n] for f, n in zip(full, lengths)]))
+        else:
+            for slot, row, n, reference in zip([3, 0, 2, 1], rows, lengths, full):
+                for start in range(0, n, chunk):
+                    part = row[:, start:min(n, start + chunk)]
+                    attend, positions = cache.prefill([slot], [part.shape[1]], start)
+                    x = ours.lm_head(ours.hidden(part, positions, attend))[0]
+                    close(x, reference[start:start + chunk][:len(x)])
+        for t in range(2 * W):
+            order = [1, 3, 2, 0]  # the row in slot i
+            position = torch.tensor([lengths[i] + t for i in order])
+            token = torch.stack([rows[i][0, lengths[i] + t] for i in order])
+            x = ours.hidden(token[:, None], position[:, None], cache.decode(position))
+            close(ours.lm_head(x[:, 0]), torch.stack([full[i][lengths[i] + t] for i in order]))
+
+
+def test_cache_memory_is_constant_under_a_window():
+    def size(length, **kind):
+        config = tiny(**kind).config
+        cache = RingCache(config, 3, length, dtype=torch.bfloat16)
+        held = sum(t.numel() * t.element_size() for t in cache.k + cache.v)
+        assert held == 3 * RingCache.bytes_per_slot(config, length, torch.bfloat16)
+        return held
+
+    assert size(100) == size(10_000) == 3 * 2 * 3 * W * 2 * 8 * 2
+    assert size(100, full_layers=(1,)) < size(10_000, full_layers=(1,))
+    assert size(100, window=None) * 100 == size(10_000, window=None)
+    assert size(2) < size(100)  # a ring longer than the longest sequence would be wasted
+
+
+# ------------------------------------------------------------------------------------- generation
+
+PROMPTS = [tokens_of(n, seed=n).tolist() for n in (1, W - 1, W, W + 1, 2 * W + 3, 2)]
+PROMPTS += [PROMPTS[4], PROMPTS[1], PROMPTS[4]]
+
+
+@torch.no_grad()
+def greedy(ours, prompt, n):
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(ours(torch.tensor([tokens]))[0, -1].argmax().item())
+    return tokens[len(prompt):]
+
+
+@pytest.mark.parametrize("prefill_tokens", [4, 16, 8192])
+@pytest.mark.parametrize("kind", ["windowed", "mixed", "full"])
+def test_greedy_is_the_argmax_of_the_full_forward(monkeypatch, kind, prefill_tokens):
+    monkeypatch.setattr(nano, "PREFILL_TOKENS", prefill_tokens)
+    ours = tiny(**KINDS[kind])
+    expected = [greedy(ours, p, 2 * W) for p in PROMPTS]
+    stop = expected[4][W]  # some end early, so that rows are freed, refilled and moved together
+    for slots in (1, 4, None):
+        rollouts = generate(ours, PROMPTS, 2 * W, temperature=0, slots=slots, stop_ids={stop, 60})
+        for rollout, prompt, tokens in zip(rollouts, PROMPTS, expected):
+            ends = [i for i, t in enumerate(tokens) if t in (stop, 60)]
+            assert rollout.prompt == prompt
+            assert rollout.tokens == tokens[:ends[0] + 1 if ends else None]
+            assert rollout.finished == bool(ends)
+
+
+def test_equal_prompts_share_a_prefill(monkeypatch):
+    prefilled, prefill = [], RingCache.prefill
+    monkeypatch.setattr(RingCache, "prefill", lambda self, slots, lengths, start=0:
+                        prefilled.extend(lengths) or prefill(self, slots, lengths, start))
+    alone = [generate(tiny(), [PROMPTS[4]], 2 * W, seed=s)[0].tokens for s in range(6)]
+    assert prefilled == [2 * W + 2] * 6
+    prefilled.clear()
+    together = generate(tiny(), [PROMPTS[4]] * 6 + [PROMPTS[1]], 2 * W, seed=[*range(6), 0])
+    assert sorted(prefilled) == [W - 2, 2 * W + 2]
+    assert [r.tokens for r in together[:6]] == alone
+    assert len(set(map(tuple, alone))) > 1
+
+
+def test_an_answer_depends_on_its_own_seed_only():
+    ours, seeds = tiny(), list(range(50, 59))
+    runs = [generate(ours, PROMPTS, 12, 0.8, stop_ids={3, 4, 5}, slots=slots, seed=seeds)
+            for slots in (None, 1, 2, 5)]
+    order = [5, 2, 8, 0, 7, 1, 3, 6, 4]
+    shuffled = generate(ours, [PROMPTS[i] for i in order], 12, 0.8, stop_ids={3, 4, 5}, slots=3,
+                        seed=[seeds[i] for i in order])
+    runs.append([shuffled[order.index(i)] for i in range(9)])
+    for run in runs[1:]:
+        assert [r.tokens for r in run] == [r.tokens for r in runs[0]]
+        assert [r.finished for r in run] == [r.tokens[-1] in (3, 4, 5) for r in runs[0]]
+        for a, b in zip(run, runs[0]):
+            close(torch.tensor(a.logprobs), torch.tensor(b.logprobs), 1e-5)
+    assert generate(ours, PROMPTS, 12, 0.8, seed=50)[3].tokens[:3] == runs[0][3].tokens[:3]
+    assert runs[0][4].tokens != runs[0][6].tokens  # one prompt, two seeds
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("temperature", [0, 0.6, 1.0, 1.7])
+def test_logprobs_are_those_of_the_training_forward(temperature):
+    ours = tiny(full_layers=(2,))
+    for r in generate(ours, PROMPTS, 9, temperature, stop_ids={7}, seed=1, top_k=20, n_ids=50):
+        ids = torch.tensor([r.prompt + r.tokens])
+        targets = ids[:, 1:].clone()
+        targets[:, :len(r.prompt) - 1] = -1
+        logp, _ = ours(ids[:, :-1], targets=targets, temperature=temperature)
+        close(torch.tensor(r.logprobs), logp[0, len(r.prompt) - 1:].float(), 1e-5)
+        assert max(r.tokens) < 50 and 0 < len(r.tokens) <= 9
+
+
+def chi_square(tokens, p):
+    expected = p * len(tokens)
+    return ((torch.bincount(tokens, minlength=len(p)) - expected) ** 2 / expected).sum()
+
+
+@torch.no_grad()
+def test_sampling_frequencies_are_the_softmax():
+    """A chi-square with 7 degrees of freedom exceeds 45 once in ten million."""
+    ours = tiny(vocab_size=8)
+    ours.lm_head.weight *= 0.3
+    p = (ours(torch.tensor([[1, 2, 3]]))[0, -1] / 0.9).softmax(-1)
+    rollouts = generate(ours, [[1, 2, 3]] * 4000, 1, 0.9, seed=0)
+    drawn = torch.tensor([r.tokens[0] for r in rollouts])
+    assert p.max() < 0.9 and chi_square(drawn, p) < 45
+    logits, uniform = p.log().expand(4000, 8), torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    best = p.argsort(descending=True)
+    for kept, options in ((best[:3], {"top_k": 3}), (best[:2], {"top_p": p[best[:2]].sum() - 1e-9}),
+                          (best[:1], {"top_p": 1e-9}), (torch.arange(5), {"n_ids": 5})):
+        tokens, logp = sample(logits, uniform, **options)
+        q = torch.zeros(8, dtype=p.dtype).index_copy(0, kept, p[kept] / p[kept].sum())
+        assert not q[tokens].eq(0).any()
+        assert chi_square(tokens, q.clamp(min=1e-12)) < 45
+        close(logp, p.log()[tokens])  # untruncated
+    for u in (0.0, 1 - 2**-24):  # the ends of the interval fall on tokens that may be drawn
+        token, _ = sample(torch.tensor([[-torch.inf, 0, 1, -torch.inf]]), torch.tensor([u]))
+        assert token.item() in (1, 2)
+
+
+def test_stream_and_limits():
+    ours, got = tiny(), {}
+    rollouts = generate(ours, PROMPTS, 6, seed=3, slots=2, stop_ids={8},
+                        stream=lambda i, new: got.setdefault(i, []).extend(new))
+    assert [got[i] for i in range(len(PROMPTS))] == [r.tokens for r in rollouts]
+    assert generate(ours, [], 5) == []
+    [nothing] = generate(ours, [[1, 2]], 0)
+    assert (nothing.tokens, nothing.logprobs, nothing.finished) == ([], [], False)
+    assert len(generate(ours, [[1] * 250], 6)[0].tokens) == 6
+    for prompts, n, message in (([[1], []], 5, "empty"), ([[1] * 251], 6, "256 positions")):
+        with pytest.raises(UsageError, match=message):
+            generate(ours, prompts, n)
+
+
+def test_cancelled_generation_frees_its_memory(monkeypatch):
+    class Watched(RingCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.extend(map(weakref.ref, self.k + self.v))
+
+    def cancel(i, tokens):
+        raise KeyboardInterrupt
+
+    alive = []
+    monkeypatch.setattr(nano, "RingCache", Watched)
+    with pytest.raises(KeyboardInterrupt):
+        generate(tiny(), PROMPTS, 6, stream=cancel)
+    generate(tiny(), PROMPTS, 6)
+    assert len(alive) == 12 and not any(ref() is not None for ref in alive)
+
+
+# ---------------------------------------------------------------------------------------- folders
+
+
+def test_window_of_a_folder(tmp_path):
+    """A converted model keeps its window unless it is told otherwise; tokenizer files come along."""
+    ours = tiny()
+    ours.tokenizer_files = {"tokenizer.json": b"{}"}
+    ours.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == b"{}"
+    assert not list(tmp_path.glob("*.tmp"))
+    x = tokens_of(1, 3 * W)
+    for window, same in (("config", True), (W, True), (None, False), (W + 1, False)):
+        again = Transformer.from_pretrained(tmp_path, window, dtype=torch.float64)
+        assert again.config.window == (W if window == "config" else window)
+        assert torch.allclose(again(x), ours(x)) == same
+    assert Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
+    for window in (0, -1, 2.0, True, "5", "full"):
+        with pytest.raises(UsageError, match="window"):
+            Transformer.from_pretrained(tmp_path, window)
+    with pytest.raises(UsageError, match="full layers"):
+        Transformer.from_pretrained(tmp_path, W, full_layers=[3])
+
+
+def edit(**changes):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v != "drop"}))
+    return change
+
+
+def weights(change):
+    def rewrite(folder):
+        tensors = nano.read_weights(folder)
+        change(tensors)
+        nano.save_file(tensors, folder / "model.safetensors")
+    return rewrite
+
+
+def cut(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[:-100])
+
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+FAULTS = {  # what is done to a good folder -> what the message says
+    "no folder": (shutil.rmtree, "not a model folder"),
+    "no config.json": (lambda f: (f / "config.json").unlink(), "config.json does not exist"),
+    "config.json cut": (lambda f: (f / "config.json").write_text("{"), "not readable JSON"),
+    "config.json a list": (lambda f: (f / "config.json").write_text("[]"), "config.json"),
+    "no width": (edit(hidden_size="drop"), "lacks hidden_size"),
+    "other architecture": (edit(model_type="gpt2"), "model_type 'gpt2'"),
+    "other activation": (edit(hidden_act="gelu"), "hidden_act='gelu'"),
+    "other RoPE": (edit(rope_parameters={"rope_type": "yarn", "factor": 4}), "'yarn'"),
+    "older RoPE": (edit(rope_parameters="drop", rope_scaling={"type": "linear", "factor": 2}), "'linear'"),
+    "bad window": (edit(sliding_window=0), "window 0"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "safetensors only"),
+    "weights cut": (cut, "damaged or truncated"),
+    "weights of nothing": (lambda f: (f / "model.safetensors").write_bytes(b""), "damaged or truncated"),
+    "shard missing": (lambda f: (f / "model.safetensors.index.json").write_text(json.dumps(
+        {"weight_map": {Q: "model-00001-of-00002.safetensors"}})), "has no model-00001"),
+    "tensor missing": (weights(lambda t: t.pop(Q)), f"lacks tensors {Q}"),
+    "tensor unknown": (weights(lambda t: t.update(x=torch.ones(1))), "has unknown tensors x"),
+    "tensor misshapen": (weights(lambda t: t.update({Q: torch.ones(3, 3)})), "has shape"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_folder_is_one_sentence(tmp_path, fault):
+    damage, message = FAULTS[fault]
+    tiny().save_pretrained(tmp_path / "model")
+    damage(tmp_path / "model")
+    with pytest.raises(UsageError, match=message) as error:
+        Transformer.from_pretrained(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+def test_an_unreachable_hub_is_one_sentence(monkeypatch):
+    import huggingface_hub
+
+    def unreachable(*_, **__):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    for load in (Transformer, Tokenizer):
+        with pytest.raises(UsageError, match="could it be fetched from the hub.*ConnectionError") as error:
+            load.from_pretrained("nobody/nothing")
+        assert "\n" not in str(error.value)

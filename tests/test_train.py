@@ -1,0 +1,456 @@
+"""The data, GRPO's mathematics, and runs: packing, resume, kill -9, two ranks."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import convert_sft
+import rl
+from convert_sft import (Trainer, held_out, load_problems, make_row, pack, reads_restatements, schedule,
+                         solution_text, tiny_base, tiny_problems)
+from model import Tokenizer, Transformer, UsageError, read_weights
+from rl import group_advantages, grpo_loss, overlong_penalty
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """A Trainer takes over the signals of its process."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+def close(a, b, tolerance=1e-6):
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=0, atol=tolerance)
+
+
+# ------------------------------------------------------------------------------------------- GRPO
+
+
+def test_advantages_by_hand():
+    rewards = torch.tensor([[1.0, 0, 0, 1], [1, 1, 1, 1], [0, 0, 0, -1]])
+    close(group_advantages(rewards), torch.tensor([[0.5, -0.5, -0.5, 0.5], [0] * 4, [0.25] * 3 + [-0.75]]))
+    scaled = group_advantages(rewards, std=True)
+    close(scaled[0], torch.tensor([1.0, -1, -1, 1]) * 0.75**0.5, 1e-5)  # std of 1, 0, 0, 1: (1/3)**0.5
+    close(scaled[1], torch.zeros(4))
+
+
+LOSSES = {  # ratio, advantage, options -> loss of one of 10 tokens, whether the token has a gradient
+    "on policy": (1.0, 2.0, {}, -0.2, True),
+    "no advantage": (1.0, 0.0, {}, 0.0, False),
+    "up, good: clipped": (1.5, 1.0, {}, -0.128, False),
+    "up, bad: pushed back": (1.5, -1.0, {}, 0.15, True),
+    "down, good: pushed back": (0.5, 1.0, {}, -0.05, True),
+    "down, bad: clipped": (0.5, -1.0, {}, 0.08, False),
+    "inside": (1.25, 1.0, {}, -0.125, True),
+    "wider clip": (1.5, 1.0, {"clip": (0.2, 0.6)}, -0.15, True),
+    "importance": (1.0, 1.0, {"rollout": 0.5}, -0.05, True),
+    "importance capped": (1.0, 1.0, {"rollout": 5.0}, -0.2, True),
+    "importance, other cap": (1.0, 1.0, {"rollout": 5.0, "tis_cap": 3.0}, -0.3, True),
+    "masked": (1.0, 1.0, {"mask": 0.0}, 0.0, False),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_loss_by_hand(case):
+    ratio, advantage, options, expected, alive = LOSSES[case]
+    options = dict(options)
+    old = torch.tensor([[-1.3]], dtype=torch.float64)
+    logprobs = (old + np.log(ratio)).requires_grad_()
+    if "rollout" in options:
+        options["rollout_logprobs"] = old - np.log(options.pop("rollout"))
+    mask = torch.tensor([[options.pop("mask", 1.0)]])
+    loss = grpo_loss(logprobs, old, torch.tensor([[advantage]]), mask, 10, **options)
+    loss.backward()
+    close(loss.item(), expected)
+    # d(ratio * A)/d log p is the surrogate itself, whatever the ratio
+    close(logprobs.grad.item(), expected if alive else 0.0)
+
+
+@pytest.mark.parametrize("length, limit, buffer, penalty", [
+    (50, 100, 20, 0), (80, 100, 20, 0), (90, 100, 20, -0.5), (100, 100, 20, -1), (100, 100, 0, 0)])
+def test_overlong_penalty(length, limit, buffer, penalty):
+    assert overlong_penalty(length, limit, buffer) == penalty
+
+
+def grpo_rows(n=6):
+    rng, rows = np.random.default_rng(0), []
+    for i in range(n):
+        prompt, answer = rng.integers(35, size=2 + i).tolist(), rng.integers(35, size=3 + 5 * i).tolist()
+        rows.append(make_row(prompt, answer, advantage=[float(i - 2)] * len(answer), mask=[1.0] * len(answer)))
+    return rows
+
+
+def trainer_of(folder, rows=(), micro_tokens=16384, loss_fn=None, **options):
+    """A tiny run in fp64, after one update on the rows with learning rate 0."""
+    options = {"settings": {}, "grad_clip": 1e9} | options
+    trainer = Trainer(tiny_base(0), folder, device=torch.device("cpu"), micro_tokens=micro_tokens, **options)
+    trainer.model.double()
+    n_tokens = sum(sum(row["mask"]) for row in rows)
+    if rows:
+        trainer.update(rows, loss_fn or (lambda logp, _, m: grpo_loss(
+            logp, logp.detach(), m["advantage"], m["mask"], n_tokens)), lr=0.0)
+    return trainer
+
+
+def test_gradient_does_not_depend_on_packing_or_order(tmp_path):
+    rows = grpo_rows()
+    together = trainer_of(tmp_path / "a", rows)
+    apart = trainer_of(tmp_path / "b", rows, micro_tokens=1)
+    some = trainer_of(tmp_path / "c", rows[::-1], micro_tokens=40)
+    for p, q, r in zip(*(t.model.parameters() for t in (together, apart, some))):
+        close(p.grad, q.grad, 1e-12)
+        close(p.grad, r.grad, 1e-12)
+    assert sum(p.grad.abs().sum() for p in together.model.parameters()) > 0.01
+
+
+def test_prompt_tokens_carry_no_gradient():
+    """The prompt's own advantages, whatever they were, are not asked for."""
+    row = make_row([5, 6, 7], [8, 9], advantage=[1.0, 2.0])
+    assert row == {"tokens": [5, 6, 7, 8], "targets": [-1, -1, 8, 9], "advantage": [0.0, 0.0, 1.0, 2.0]}
+    model, logits = tiny_base(0), []
+    model.lm_head.register_forward_hook(lambda *_: logits.append(_[-1].shape[0]))
+    [micro] = pack([row], 100)
+    model(micro["tokens"], micro["cu_seqlens"], micro["targets"])
+    assert logits == [2]  # logits are made for the two response tokens alone
+
+
+def test_pack():
+    rows = grpo_rows(9)
+    for limit in (1, 30, 64, 10**6):
+        packed = []
+        for micro in pack(rows, limit):
+            ends = micro["cu_seqlens"].tolist()
+            assert micro["cu_seqlens"].dtype == torch.int32 and ends[-1] == micro["tokens"].shape[1]
+            assert ends[-1] <= limit or len(ends) == 2
+            packed += [{k: v[0, a:b].tolist() for k, v in micro.items() if k != "cu_seqlens"}
+                       for a, b in zip(ends, ends[1:])]
+        key = json.dumps
+        assert sorted(map(key, packed)) == sorted(map(key, rows))
+    assert len(pack(rows, 10**6)) == 1 and len(pack(rows, 1)) == 9 and pack([], 5) == []
+
+
+@pytest.mark.parametrize("step, kind, expected", [
+    (0, "constant", 0.25), (2, "constant", 0.75), (3, "constant", 1), (99, "constant", 1),
+    (3, "cosine", 0.1 + 0.9 * (0.5 + 0.5 * np.cos(0.03 * np.pi))), (50, "cosine", 0.55), (100, "cosine", 0.1),
+    (60, "linear", 1), (80, "linear", 0.55), (100, "linear", 0.1), (500, "linear", 0.1)])
+def test_schedule(step, kind, expected):
+    assert schedule(step, 100, 2.0, 3, kind, decay_from=0.6 * (kind == "linear")) == pytest.approx(2 * expected)
+
+
+# ------------------------------------------------------------------------------------------- data
+
+USER, SAID = {"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "It is 2."}
+LAYOUTS = {
+    "MATH": {"problem": "1+1?", "answer": "2", "solution": "It is 2."},
+    "numbers": {"problem": "1+1?", "answer": 2, "solution": "It is 2.", "source": "x"},
+    "GSM8K": {"question": "1+1?", "answer": "It is 2.\n#### 2"},
+    "OpenR1": {"problem": "1+1?", "answer": "2", "solution": "short", "messages": [USER, SAID],
+               "generations": ["It is 3.", "It is 2."], "correctness_math_verify": [False, True]},
+    "OpenR1 unverified": {"problem": "1+1?", "answer": "2", "generations": ["It is 2.", "It is 3."],
+                          "correctness_math_verify": [False, False]},
+    "chat": {"messages": [{"role": "system", "content": "x"}, USER, SAID], "answer": "2"},
+    "DAPO": {"prompt": [USER], "reward_model": {"ground_truth": "2", "style": "rule"}},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(tmp_path, layout):
+    (tmp_path / "x.jsonl").write_text("\n" + json.dumps(LAYOUTS[layout]) + "\n\n")
+    [row] = load_problems(str(tmp_path / "x.jsonl"))
+    assert (row["problem"], row["answer"]) == ("1+1?", "2")
+    if layout == "DAPO":
+        assert row["solution"] == ""
+    else:
+        assert row["solution"].startswith("It is 2.")
+        assert solution_text(row) == "It is 2.\nThe final answer is $\\boxed{2}$."
+
+
+def test_solution_text_is_clean():
+    row = {"answer": "9", "solution": "16-7=<<16-7=9>>9 eggs.\n#### 9"}
+    assert solution_text(row) == "16-7=9 eggs.\nThe final answer is $\\boxed{9}$."
+    assert solution_text({"answer": "9", "solution": "so \\boxed{9}."}) == "so \\boxed{9}."
+
+
+GOOD = '{"problem": "p", "answer": "a"}\n'
+BAD_DATA = {
+    "empty": ("", "is empty"),
+    "blank": ("\n \n", "is empty"),
+    "cut": (GOOD + '{"problem": "p", "ans', "line 2"),
+    "no JSON": (GOOD + GOOD + "\nhello\n", "line 4"),
+    "no object": (GOOD + "[1]\n", "line 2"),
+    "no answer": ('{"problem": "p"}\n', 'line 1.*no "answer"'),
+    "no problem": ('{"answer": "p"}\n', 'line 1.*no "problem"'),
+    "problem no text": ('{"problem": 3, "answer": "p"}\n', "line 1"),
+    "chat without a user": ('{"prompt": [{"role": "system", "content": "x"}], "answer": "1"}\n', "line 1"),
+    "binary": (b"\xff\xfe\x00\x01", "line 1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+def test_bad_data_is_one_sentence(tmp_path, case):
+    content, message = BAD_DATA[case]
+    (tmp_path / "x.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(UsageError, match=f"x.jsonl.*{message}") as error:
+        load_problems(str(tmp_path / "x.jsonl"))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("source", ["missing.jsonl", "no/such/file", "name", ".", "a/b.jsonl"])
+def test_no_such_data(source):
+    with pytest.raises(UsageError, match="no such file"):
+        load_problems(source)
+
+
+def test_split_is_stable():
+    """Known sides: a changed hash would let yesterday's held-out problems into today's training."""
+    assert [i for i in range(40) if held_out(f"problem {i}")] == [0, 2, 5, 11, 13, 22, 23, 24, 26, 31, 36, 39]
+    share = np.mean([held_out(f"problem {i}") for i in range(4000)])
+    assert 0.17 < share < 0.23
+    assert {f"{i}" for i in range(999) if held_out(f"{i}", 5)} < {f"{i}" for i in range(999) if held_out(f"{i}")}
+
+
+# -------------------------------------------------------------------------------------- tiny task
+
+
+def test_tiny_solutions_are_right():
+    """Each is recomputed from its problem, and each restatement is what remains."""
+    tokenizer = Tokenizer(tiny_base(0).tokenizer_files)
+    for restate, length in ((0, lambda n: 7 * n + 3), (0.5, None),
+                            (1, lambda n: 7 * n + 3 + sum(2 * r + 2 for r in range(2, n)))):
+        for row in tiny_problems(100, 0, restate=lambda rng: restate):
+            values = [int(v) for v in row["problem"][1:-1:2]]
+            letters, n = row["problem"][:-1:2], len(values)
+            assert 4 <= n <= 8 and letters == "abcdefgh"[:n] and max(values) <= 4
+            *steps, box = row["solution"].split(";")
+            total = 0
+            for i, step in enumerate(steps):
+                rest = "".join(f"{a}{v}" for a, v in zip(letters[i:], values[i:]))
+                assert re.sub(r"^\[.*\]", "", step) == f"{letters[i]}{values[i]}+{total}={(total + values[i]) % 10}"
+                assert "]" not in step or step.startswith(f"[{rest}]") and 0 < i < n - 1
+                total = (total + values[i]) % 10
+            assert len(steps) == n and re.sub(r"^\[.*\]", "", box) == f"\\boxed{{{total}}}"
+            assert row["answer"] == str(sum(values) % 10)
+            ids = tokenizer.encode(row["solution"])
+            assert tokenizer.decode(ids) == row["solution"] and (not length or len(ids) == length(n))
+
+
+def test_tiny_sides_are_disjoint():
+    train, test = ({r["problem"] for r in tiny_problems(n, [s, n], test=test)}
+                   for n, s, test in ((4000, 0, False), (300, 1, True)))
+    assert len(test) == 300 and not train & test
+    assert tiny_problems(9, [0, 7, 1]) == tiny_problems(9, [0, 7, 1]) != tiny_problems(9, [0, 7, 2])
+
+
+def test_gate_counts_what_is_read():
+    class Reader:
+        """Knows the next token with the window at 24, or always says "0"."""
+
+        def __init__(self, knows):
+            self.config, self.device, self.knows = convert_sft.ModelConfig(**vars(convert_sft.TINY)), "cpu", knows
+
+        def __call__(self, tokens):
+            assert self.config.window == 24
+            said = tokens.roll(-1, 1) if self.knows else torch.full_like(tokens, 3)
+            return torch.nn.functional.one_hot(said, 35)
+
+    tokenizer = Tokenizer(tiny_base(0).tokenizer_files)
+    assert tokenizer.encode("0") == [3]
+    reader = Reader(True)
+    assert reads_restatements(reader, tokenizer, 0) == 1 and reader.config.window is None
+    assert 0.15 < reads_restatements(Reader(False), tokenizer, 0) < 0.25
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+def test_checkpoints_are_kept_and_the_damaged_one_is_skipped(tmp_path, capsys):
+    trainer = trainer_of(tmp_path, settings={"lr": 1})
+    trainer.model.config.window = 7
+    for step in range(1, 4):
+        trainer.model.model.norm.weight.data.fill_(step)
+        trainer.log({"reward": step})
+        trainer.save()
+    assert [p.name for p in sorted(tmp_path.glob("step*"))] == ["step-000002", "step-000003"]
+    assert Transformer.from_pretrained(tmp_path / "step-000003").config.window == 7
+
+    again = trainer_of(tmp_path, settings={"lr": 1})
+    assert (again.step, again.model.config.window) == (3, 7)
+    assert again.model.model.norm.weight[0] == 3
+    newest = tmp_path / "step-000003"
+    for name in ("model.safetensors", "trainer.pt"):
+        whole = (newest / name).read_bytes()
+        (newest / name).write_bytes(whole[:len(whole) // 2])
+        capsys.readouterr()
+        again = trainer_of(tmp_path, settings={"lr": 1})
+        assert (again.step, again.model.model.norm.weight[0].item()) == (2, 2)
+        assert re.search("step-000003 is damaged", capsys.readouterr().err)
+        (newest / name).write_bytes(whole)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in log if "step" in r] == [1, 2]  # step 3 is to be done again
+    with pytest.raises(UsageError, match=r"other settings \(lr\)"):
+        trainer_of(tmp_path, settings={"lr": 2})
+
+
+def test_a_gradient_that_is_not_finite_is_skipped(tmp_path, capsys):
+    trainer = trainer_of(tmp_path)
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+
+    def update(factor):
+        return trainer.update(grpo_rows(), lambda logp, _, m: logp.sum() * factor, lr=1e-3)
+
+    assert [update(float(x)) for x in ("nan", "inf", "-inf", "nan")] == [None] * 4
+    assert all(torch.equal(v, before[k]) for k, v in trainer.model.state_dict().items())
+    assert update(1.0) > 0  # a finite one starts the count anew
+    assert capsys.readouterr().out.count("not finite") == 4
+    with pytest.raises(UsageError, match="five steps in a row"):
+        for _ in range(5):
+            update(float("nan"))
+    assert all(v.isfinite().all() for v in trainer.model.state_dict().values())
+
+
+# ------------------------------------------------------------------------------------------- runs
+
+SFT = "--window 24 --steps 4 --batch 5 --eval-every 2 --save-every 1 --micro-tokens 200"
+RL = ("--window 24 --one-arm --steps 4 --sft-steps 2 --prompts 3 --group 4 --max-new-tokens 40 --validate 3 "
+      "--micro-tokens 200")
+WORKER = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import convert_sft, rl
+from model import cli
+
+
+def odd(texts, golds):
+    '''A reward for which an untrained model's answers disagree: an odd length.'''
+    return ["correct" if len(text) % 2 else "wrong" for text in texts]
+
+
+rl.grade_batch = odd
+if __name__ == "__main__":
+    cli({{"sft": convert_sft, "rl": rl}}[sys.argv.pop(1)].main)
+"""
+
+
+def flags(tmp_path, out, text):
+    """The command's flags; an untrained base stands where pretraining would have put its own."""
+    if not (tmp_path / out).exists():
+        tiny_base(0).save_pretrained(tmp_path / out / "tiny" / "base-wfull")
+    return f"--model tiny --device cpu --out {tmp_path / out} {text}".split()
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """run(stage, out, flags): main() in this process -> the stage's folder."""
+    names = {"__name__": "worker"}
+    exec(WORKER, names)
+    monkeypatch.setattr(rl, "grade_batch", names["odd"])
+
+    def run(stage, out, text):
+        monkeypatch.setattr(sys, "argv", ["main", *flags(tmp_path, out, text)])
+        {"sft": convert_sft, "rl": rl}[stage].main()
+        return tmp_path / out / "tiny" / f"{stage}-w24"
+
+    return run
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """worker(*launcher): the command that does what `run` does in a process of its own."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    return lambda *launcher: [sys.executable, *launcher, str(tmp_path / "worker.py")]
+
+
+def logged(folder):
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [r for r in records if "step" in r]
+
+
+def difference(a, b):
+    a, b = read_weights(a), read_weights(b)
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+@pytest.mark.parametrize("stage, text", [("sft", SFT), ("rl", RL)])
+def test_a_resumed_run_repeats_an_undisturbed_one(run, monkeypatch, stage, text):
+    class Stopped(Exception):
+        pass
+
+    def save_and_stop(self, final=False):
+        save(self, final)
+        if self.step == 2 and self.settings["stage"] == stage:
+            raise Stopped
+
+    whole, save = run(stage, "whole", text), Trainer.save
+    monkeypatch.setattr(Trainer, "save", save_and_stop)
+    with pytest.raises(Stopped):
+        run(stage, "stopped", text)
+    monkeypatch.setattr(Trainer, "save", save)
+    resumed = run(stage, "stopped", text)
+    assert difference(whole, resumed) == 0
+    assert difference(whole, whole / "step-000002") > 1e-4
+    assert Transformer.from_pretrained(resumed).config.window == 24
+    for folder in (whole, resumed):
+        assert [r["step"] for r in logged(folder)] == [1, 2, 3, 4]
+    keys = {"sft": "step loss grad_norm lr seconds", "rl": "step reward length truncated entropy grad_norm "
+            "lr informative logp_gap tok_per_s seconds"}[stage].split()
+    for a, b in zip(logged(whole), logged(resumed)):
+        assert {k: a[k] for k in keys[:4]} == {k: b[k] for k in keys[:4]} and a.keys() >= set(keys)
+        assert a.get("logp_gap", 0) < 1e-5
+    with pytest.raises(UsageError, match="other settings.*lr"):
+        run(stage, "whole", f"{text} --lr 0.5")
+
+
+def test_groups_that_agree_do_not_train(run, monkeypatch):
+    monkeypatch.setattr(rl, "grade_batch", lambda texts, golds: ["wrong"] * len(texts))
+    folder = run("rl", "out", RL.replace("--steps 4 --sft", "--steps 1 --sft"))
+    assert difference(folder, folder.parent / "sft-w24") == 0
+    assert logged(folder)[0]["informative"] == 0
+
+
+def test_kill_and_the_same_command_again(run, worker, tmp_path):
+    whole = run("rl", "whole", RL)
+    again = [*worker(), "rl", *flags(tmp_path, "killed", RL)]
+    killed = tmp_path / "killed" / "tiny" / "rl-w24"
+    process = subprocess.Popen(again, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (killed / "step-000001").exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (killed / "step-000004").exists()
+    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+    assert difference(whole, killed) == 0
+    assert [r["step"] for r in logged(killed)] == [1, 2, 3, 4]
+
+
+def test_two_ranks_are_one(run, worker, tmp_path):
+    """The same global batch on two gloo ranks, whose shares differ in size; then on one rank again."""
+    short = RL.replace("--steps 4 --sft", "--steps 1 --sft")
+    one = run("rl", "one", short)
+    launcher = "-m torch.distributed.run --nproc-per-node 2 --master-port 0".split()
+    done = subprocess.run([*worker(*launcher), "rl", *flags(tmp_path, "two", short)], timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = tmp_path / "two" / "tiny" / "rl-w24"
+    for stage, values in (("sft", ("loss", "held_out")), ("rl", ("reward", "length", "entropy", "informative"))):
+        a, b = (folder.parent / f"{stage}-w24" for folder in (one, two))
+        assert difference(a, b) < 2e-6
+        for r, s in zip(logged(a), logged(b), strict=True):
+            close([r[k] for k in (*values, "grad_norm", "lr") if k in r],
+                  [s[k] for k in (*values, "grad_norm", "lr") if k in r], 1e-5)
+    assert logged(two)[0]["informative"] > 0
+    longer = short.replace("--steps 1", "--steps 2")
+    assert difference(run("rl", "one", longer), run("rl", "two", longer)) < 1e-5
+    assert [r["step"] for r in logged(two)] == [1, 2]
