@@ -165,24 +165,42 @@ def tiny_problems(n, seed, test=False, restate=None):
     return rows
 
 
-TINY = ModelConfig(vocab_size=35, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+TINY = ModelConfig(vocab_size=33, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
                    num_attention_heads=2, num_key_value_heads=1, head_dim=32, max_position_embeddings=512)
 
 
 def tiny_tokenizer_files():
-    """The tiny model's tokenizer in Hugging Face's format, read by the same Tokenizer as any other."""
-    symbols = ["<pad>", "<bos>", "<eos>", *"0123456789abcdefghijkl+=;[]?", "\\boxed{", "}"]
-    added = [s for s in symbols if len(s) > 1]
+    """File name -> JSON text of the tiny task's tokenizer, 33 tokens, in Hugging Face's format.
+
+    A character is a token; nothing merges. Characters without a token are dropped.
+    """
+    tokens = ["<pad>", "<bos>", "<eos>", *"0123456789abcdefghijkl+=;[]?", r"\boxed{", "}"]
+    special = ["<pad>", "<bos>", "<eos>"]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     tokenizer = {
-        "version": "1.0", "normalizer": None, "pre_tokenizer": byte_level, "decoder": byte_level,
-        "added_tokens": [{"id": symbols.index(s), "content": s, "special": s[0] == "<", **flags} for s in added],
-        "model": {"type": "BPE", "vocab": {s: i for i, s in enumerate(symbols) if s not in added}, "merges": []},
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": tokens.index(token), "content": token, "special": token in special, **flags}
+            for token in [*special, r"\boxed{"]
+        ],
+        "normalizer": None,
+        "pre_tokenizer": byte_level | {"use_regex": True},
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        # Also the added tokens: Hugging Face gives those missing here ids of its own choice
+        "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []},
     }
-    config = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>",
-              "tokenizer_class": "PreTrainedTokenizerFast",
-              "chat_template": "{{ bos_token }}{{ messages[-1]['content'] }}"}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "pad_token": "<pad>",
+        "bos_token": "<bos>",
+        "eos_token": "<eos>",
+        "chat_template": "{{ bos_token }}{{ messages[-1]['content'] }}",
+    }
     return {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(config)}
 
 
@@ -788,8 +806,13 @@ def convert(args):
     return folder
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f"{message} (see --help)")
+
+
 def parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     add_settings(parser, SETTINGS)
     return parser
 

@@ -27,15 +27,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import convert_sft
 import rl
-from convert_sft import (INSTRUCTION, as_problem, as_prompt, convert, describe_machine, held_out, load_problems, make_row,
-                         pick_device, pretrain_tiny, schedule, settle, stage_folder, tiny_base, tiny_problems, window_arg)
-from model import (LOGITS_PER_CHUNK, Tokenizer, Transformer, UsageError, cli, generate, log_softmax, read_json,
-                   write_file)
-from rl import bootstrap_ci, extract_answer, grade_batch, is_correct, run_arm, validate
+from convert_sft import (INSTRUCTION, Trainer, as_problem, as_prompt, as_window, convert, describe_machine, held_out,
+                         load_problems, other_stage, pick_device, pretrain_tiny, schedule, settle, stage_folder,
+                         tiny_base, tiny_problems, window_arg)
+from model import (LOGITS_PER_CHUNK, Tokenizer, Transformer, UsageError, cli, generate, log_softmax, write_file)
+from rl import bootstrap_ci, extract_answer, grade_batch, is_correct, roll_out, run_arm, validate  # noqa: F401
 from swa_kernel import swa_attention
 
 # ----------------------------------------------------------------------------------------------------
@@ -318,48 +317,29 @@ def information_gap(reference, rollouts, window, expected=False, positions=None)
 # the analyses: tables of runs
 
 
-def seed_out(args, seed):
-    """Seed 0 shares --out with rl.py's plain command; another has out/seedN (rl.py --seed N --out out/seedN)."""
-    return Path(args.out) / f"seed{seed}" if seed else Path(args.out)
+def recipe(args, seed, variant=None, start=None, rows=None, **changes):
+    """The arguments of `rl.py --model ...` for a seed, with changes to them.
 
-
-def recipe(args, seed, variant=None, **changes):
-    """The arguments of `rl.py --model ...` for a seed, with changes; a variant has its runs in a folder of its own.
-
-    The flags that eval.py does not know go to rl.py's parser: an analysis of a real model takes them all.
+    Seed 0 lives in --out, as with rl.py's plain command, seed N in out/seedN. A variant has a folder of its
+    own, with a copy of the tiny base. start: a model that takes the place of stage 1, its window set and
+    nothing else. rows: problems with solutions for stage 1. Flags that eval.py does not know are rl.py's.
     """
-    stage = rl_parser().parse_args(["--model", args.model[0], *args.rest])
-    given = {"seed": seed, "device": args.device, "slots": args.slots, "window": args.window, "out": seed_out(args, seed),
-             "max_new_tokens": args.max_new_tokens}
-    for name, value in {**given, **changes}.items():
-        if value is not None:
-            setattr(stage, name, value)
-    settle(stage, rl.SETTINGS)
+    stage = rl.parser().parse_args(["--model", args.model[0], *args.rest])
+    stage.sft_data_given = bool(rows) or stage.sft_data is not None
+    given = {name: getattr(args, name) for name in ("device", "slots", "window", "max_new_tokens") if getattr(args, name)}
+    stage = settle(stage, rl.SETTINGS, seed=seed, out=str(Path(args.out) / (f"seed{seed}" if seed else "")), **given | changes)
     if variant:
         home = stage_folder(stage, "sft").parent
-        stage.out = home / "analysis" / "runs" / variant
-        for name in ("base-wfull",) * (args.model[0] == "tiny"):
-            copy_run(home / name, stage_folder(stage, "sft").parent / name)
-    stage.out = str(stage.out)
+        stage.out = str(home / "analysis" / "runs" / variant)
+        folder = stage_folder(stage, "sft")
+        if args.model[0] == "tiny" and not (folder.parent / "base-wfull").exists():
+            shutil.copytree(home / "base-wfull", folder.parent / "base-wfull")
+        if start and not (folder / "config.json").exists():
+            Transformer.from_pretrained(start, window=as_window(stage.window)).save_pretrained(folder)
+        if rows:
+            stage.sft_data = str(Path(stage.out) / "trajectories.jsonl")
+            write_file(Path(stage.sft_data), lambda f: f.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     return stage
-
-
-def rl_parser():
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    convert_sft.add_settings(parser, rl.SETTINGS)
-    convert_sft.add_conversion(parser)
-    parser.add_argument("--slots", type=int)
-    parser.add_argument("--adv-std", action="store_true")
-    parser.add_argument("--min-informative", type=int, default=0)
-    parser.add_argument("--overlong-buffer", type=int, default=0)
-    parser.add_argument("--tis-cap", type=float, default=0.0)
-    return parser
-
-
-def copy_run(source, target):
-    """A finished stage without its checkpoints, so that a variant goes on from it."""
-    if not (target / "config.json").exists():
-        shutil.copytree(source, target, ignore=shutil.ignore_patterns("step-*", "log.jsonl"), dirs_exist_ok=True)
 
 
 def run_all(job, tasks, workers):
@@ -370,225 +350,491 @@ def run_all(job, tasks, workers):
         return list(pool.map(job, *zip(*tasks)))
 
 
-def bases(args):
-    if args.model[0] == "tiny":
-        run_all(pretrain_tiny, [(recipe(args, seed),) for seed in args.seeds], args.workers)
+def arms(args, table, job=run_arm, workers=None):
+    """{label: changes to the recipe, or a function of the seed} -> {label: [results of each seed's run]}.
+
+    Runs that are done are reused.
+    """
+    tasks = [(recipe(args, seed, **(changes(seed) if callable(changes) else changes)),)
+             for changes in table.values() for seed in args.seeds]
+    results = iter(run_all(job, tasks, workers or args.workers))
+    return {label: [next(results) for _ in args.seeds] for label in table}
 
 
-def arms(args, variants):
-    """{label: changes to the recipe} -> {label: [results of run_arm for each seed]}; what is done is reused."""
-    bases(args)
-    tasks = [(recipe(args, seed, **changes),) for changes in variants.values() for seed in args.seeds]
-    results = iter(run_all(run_arm, tasks, args.workers))
-    return {label: [next(results) for _ in args.seeds] for label in variants}
-
-
-def cell(results, stage, name="T=1"):
-    return over_seeds([r[stage][name]["scores"] for r in results])
-
-
-def mean_of(results, stage, what, name="T=1"):
-    return float(np.mean([r[stage][name][what] for r in results]))
-
-
-def accuracy_rows(found, stages=("sft", "rl")):
-    """A table row for each label and stage of arms()."""
-    return [{"run": label, "stage": stage.upper(), "greedy": cell(results, stage, "greedy"), "T=1": cell(results, stage),
-             "length": mean_of(results, stage, "length"), "truncated": mean_of(results, stage, "truncated"),
-             "restatements": mean_of(results, stage, "restatements")} for label, results in found.items() for stage in stages]
-
-
-def windows(args):
-    """SA and SWA after SFT and after RL, by window."""
-    sizes = args.windows or [16, 20, 24, 32, "full"]
-    found = arms(args, {f"w={w}": {"window": w} for w in sizes})
-    series = {f"{kind}-{stage.upper()}": [cell(found[f"w={w}"], stage) if (w == "full") == (kind == "SA") else None
-                                          for w in sizes] for kind in ("SA", "SWA") for stage in ("sft", "rl")}
-    lengths = {label: [mean_of(found[f"w={w}"], label[-3:].strip("-").lower(), "length") if c else None
-                       for w, c in zip(sizes, cells)] for label, cells in series.items()}
-    x = [str(w) for w in sizes]
-    return accuracy_rows(found), [
-        {"kind": "line", "title": "accuracy, T=1", "x": x, "xlabel": "window, keys", "ylabel": "accuracy", "series": series},
-        {"kind": "line", "title": "length", "x": x, "xlabel": "window, keys", "ylabel": "tokens a response",
-         "series": lengths}]
-
-
-def held_out_problems(stage, n):
-    if stage.data == "tiny":
-        return tiny_problems(n, [stage.seed, 12], test=True)
-    return [p for p in load_problems(stage.data) if held_out(p["problem"], 5)][:n]
+def run_sft(stage):
+    """Stage 1 alone, validated."""
+    folder = stage_folder(stage, "sft")
+    if not (folder / "config.json").exists():
+        convert(other_stage(stage, convert_sft.SETTINGS, window=stage.window, instruction=stage.instruction,
+                            micro_tokens=stage.micro_tokens, steps=stage.sft_steps, data=stage.sft_data))
+    return {"sft": validate(folder, stage)}
 
 
 def policies(args, seed):
-    """label -> folder of SA and SWA after both stages (run before by arms)."""
-    full, swa = recipe(args, seed, window="full"), recipe(args, seed)
-    return {"SA-SFT": stage_folder(full, "sft"), "SWA-SFT": stage_folder(swa, "sft"),
-            "SA-RL": stage_folder(full, "rl"), "SWA-RL": stage_folder(swa, "rl")}
+    """label -> folder of SA and SWA after both stages."""
+    return {f"{kind}-{stage.upper()}": stage_folder(recipe(args, seed, window=window), stage)
+            for stage in ("sft", "rl") for kind, window in (("SA", "full"), ("SWA", None))}
 
 
-def sampled(folder, problems, stage):
-    """One answer to each problem at T=1 -> (rollouts, texts, whether right)."""
+def cells(results, stage):
+    """Results of one run over the seeds -> a table row's cells."""
+    found = [r[stage] for r in results]
+    mean = {what: float(np.mean([f["T=1"][what] for f in found])) for what in ("length", "truncated", "restatements")}
+    return {name: over_seeds([f[name]["scores"] for f in found]) for name in ("greedy", "T=1")} | mean
+
+
+def bars(title, rows, group, by, what="T=1", **more):
+    """A panel of bars out of table rows: a group for each row[group], a colour for each row[by]."""
+    x, labels = (list(dict.fromkeys(row[key] for row in rows)) for key in (group, by))
+    series = {label: [next((r[what] for r in rows if (r[group], r[by]) == (at, label)), None) for at in x] for label in labels}
+    return {"kind": "bar", "title": title, "x": x, "xlabel": "", "ylabel": f"accuracy, {what}", "series": series, **more}
+
+
+def windows(args):
+    """SA and SWA after SFT and after RL, by window"""
+    sizes = args.windows or [16, 20, 24, 32, "full"]
+    found = arms(args, {w: {"window": w} for w in sizes})
+    rows = [{"model": f"{'SA' if w == 'full' else 'SWA'}-{stage.upper()}", "window": str(w), **cells(found[w], stage)}
+            for w in sizes for stage in ("sft", "rl")]
+    lines = {"kind": "line", "xlabel": "window, keys"}
+    return rows, {"windows": [bars("accuracy by window", rows, "window", "model") | lines,
+                              bars("length by window", rows, "window", "model", "length", ylabel="tokens a response") | lines]}
+
+
+def strategies(args):
+    """Ways from SA to SWA, before and after RL (ours: Table 5's are unknown)"""
+    plain = recipe(args, 0)
+    start = lambda seed: policies(args, seed)["SA-SFT"]
+    restate = lambda seed: tiny_problems(4000, [seed, 4], restate=lambda rng: 1.0)
+    ways = {"none": {"start": start}, "direct": {}, "shrinking": {"window_from": 4 * plain.window},
+            "hybrid": {"full_layers": plain.full_layers or [1]}, "restate-only": {"rows": restate}}
+    table = {label: lambda seed, label=label, way=way: {"variant": f"strategies/{label}", "full_layers": None} | {
+        key: value(seed) if callable(value) else value for key, value in way.items()}
+        for label, way in ways.items() if args.model[0] == "tiny" or label != "restate-only"}
+    sa = arms(args, {"SA": {"window": "full", "full_layers": None}})
+    found = arms(args, table) | sa
+    rows = [{"strategy": label, "stage": f"after {stage.upper()}", **cells(found[label], stage)}
+            for label in found for stage in ("sft", "rl")]
+    return rows, {"strategies": [bars("conversion strategies", rows, "strategy", "stage")]}
+
+
+def budgets(args):
+    """RL of SA and SWA for equal steps, and SWA's for the time that SA took (one run at a time, for the clock)"""
+    arms(args, {"SA": {"window": "full"}, "SWA": {}}, run_sft)
+    hours, logs, found = {}, {}, {}
+    for label, window, more in (("SA, equal steps", "full", lambda seed: {}), ("SWA, equal steps", recipe(args, 0).window, lambda seed: {}),
+                                ("SWA, SA's time", recipe(args, 0).window, lambda seed: {"hours": hours[seed], "steps": 10**6})):
+        def changes(seed):
+            return {"variant": f"budgets/{label.split(', ')[1].replace(' ', '-')}", "window": window,
+                    "start": policies(args, seed)["SA-SFT" if window == "full" else "SWA-SFT"], **more(seed)}
+
+        found |= arms(args, {label: changes}, workers=1)
+        folders = [stage_folder(recipe(args, seed, **changes(seed)), "rl") for seed in args.seeds]
+        logs[label] = [[r for r in map(json.loads, (f / "log.jsonl").read_text().splitlines()) if "step" in r] for f in folders]
+        hours = hours or {seed: log[-1]["elapsed"] / 3600 for seed, log in zip(args.seeds, logs[label])}
+    rows = [{"run": label, "steps": float(np.mean([log[-1]["step"] for log in logs[label]])),
+             "seconds": float(np.mean([log[-1]["elapsed"] for log in logs[label]])), **cells(found[label], "rl")} for label in found]
+    panels = []
+    for unit, key in (("RL step", "step"), ("seconds of RL", "elapsed")):
+        x = np.linspace(0, max(log[-1][key] for label in list(logs)[:2] for log in logs[label]), 41)[1:]
+        series = {label.split(",")[0]: np.mean([np.interp(x, [r[key] for r in log], [r["reward"] for r in log], right=np.nan)
+                                                for log in logs[label]], 0).tolist() for label in list(logs)[:2]}
+        panels.append({"kind": "line", "title": f"by {unit}", "x": x.tolist(), "xlabel": unit, "ylabel": "reward", "series": series})
+    return rows, {"budgets": panels}
+
+
+def episodes_of(folder, problems, stage):
+    """One answer at T=1 to each problem."""
     model = Transformer.from_pretrained(folder, device=pick_device(stage.device))
     tokenizer = Tokenizer(model.tokenizer_files)
-    rollouts = sample_answers(model, tokenizer, problems, 1, stage, label=f"{folder}:")
-    texts = [tokenizer.decode(r.tokens) for r in rollouts]
-    verdicts = grade_batch(texts, [p["answer"] for p in problems])
-    return rollouts, texts, [v == "correct" and r.finished for v, r in zip(verdicts, rollouts)]
-
-
-def trajectory_gaps(folder, reference, stage, sizes, n, positions):
-    """Locality of one policy: for each window the per-trajectory means, and for the main one where they sit."""
-    rollouts, texts, right = sampled(folder, held_out_problems(stage, n), stage)
-    reference = Transformer.from_pretrained(reference, device=pick_device(stage.device), dtype=torch.float32)
-    tokenizer, found = Tokenizer(reference.tokenizer_files), {"right": right, "lengths": [len(r.tokens) for r in rollouts]}
-    for w in sizes:
-        gaps = token_gaps(reference, rollouts, w, positions)
-        found[w] = {"ratio": [g[0].nanmean().item() for g in gaps], "kl": [g[1].nanmean().item() for g in gaps]}
-        if w == stage.window:  # by tenths of the response, and token by token in one of middling length
-            tenths = [[t.nanmean().item() for t in g[1].tensor_split(10)] for g in gaps]
-            found["tenths"] = np.nanmean(tenths, 0).tolist()
-            one = sorted(range(n), key=lambda i: (len(rollouts[i].prompt), i))[n // 4]
-            found["strip"] = [(tokenizer.decode([t], skip_special=False), k) for t, k in
-                              list(zip(rollouts[one].tokens, gaps[one][1].tolist()))[:80]]
-    return found
-
-
-def locality(args):
-    """How far back trajectories lean: the gap under the SA-SFT reference, by policy and window."""
-    main = recipe(args, args.seeds[0]).window
-    sizes = sorted({*(w for w in args.windows or [8, 12, 16, 24, 32, 48] if w != "full"), main})
-    arms(args, {"SA": {"window": "full"}, "SWA": {}})
-    tasks = [(folder, policies(args, seed)["SA-SFT"], recipe(args, seed), sizes, args.limit or 256, args.positions)
-             for seed in args.seeds for folder in policies(args, seed).values()]
-    found = run_all(trajectory_gaps, tasks, args.workers)
-    found = {label: found[i::4] for i, label in enumerate(policies(args, 0))}
-
-    def gap(label, w, form, only_right=False, scale=False):
-        return over_seeds([[[v * (length if scale else 1)] for v, right, length in
-                            zip(f[w][form], f["right"], f["lengths"]) if right or not only_right] for f in found[label]])
-
-    rows = [{"policy": label, "trajectories": "correct" if only else "all", "KL, nats/token": gap(label, main, "kl", only),
-             "log-ratio, nats/token": gap(label, main, "ratio", only),
-             "KL, nats/trajectory": gap(label, main, "kl", only, scale=True),
-             "length": float(np.mean([n for f in found[label] for n, r in zip(f["lengths"], f["right"]) if r or not only]))}
-            for label in found for only in (False, True)]
-    curve = {label: [gap(label, w, "kl", True) for w in sizes] for label in found}
-    where = {label: np.mean([f["tenths"] for f in found[label]], 0).tolist() for label in found}
-    strips = [{"kind": "strip", "title": f"one answer of {label}, token by token (W={main})", "ylabel": "KL, nats",
-               "x": [token for token, _ in found[label][0]["strip"]], "xlabel": "",
-               "series": {label: [k for _, k in found[label][0]["strip"]]}} for label in ("SA-RL", "SWA-RL")]
-    return rows, [
-        {"kind": "bar", "title": f"W={main}", "x": list(found), "xlabel": "", "ylabel": "KL, nats a token", "series": {
-            "all": [gap(label, main, "kl") for label in found], "correct only": [gap(label, main, "kl", True) for label in found]}},
-        {"kind": "line", "title": "correct only, by window", "x": sizes, "xlabel": "window, tokens",
-         "ylabel": "KL, nats a token", "series": curve},
-        {"kind": "line", "title": f"along the response (W={main})", "x": list(range(5, 100, 10)),
-         "xlabel": "% of the response", "ylabel": "KL, nats a token", "series": where}], strips
+    questions = [(as_prompt(tokenizer, p["problem"], stage.instruction), p["answer"]) for p in problems]
+    return roll_out(model, tokenizer, questions, 2 * 10**6 + stage.seed, stage, 1.0, f"{folder}:")
 
 
 def length_matched(a, b, bins=10):
-    """Indices into the lengths a and b with as many of each bin of length on both sides."""
+    """Lengths of two sides -> indices into each, with equally many of each bin of length on both."""
     edges = np.linspace(min(*a, *b), max(*a, *b) + 1, bins + 1)[1:-1]
-    sides = [np.digitize(side, edges) for side in (a, b)]
-    chosen = [[], []]
+    chosen = [], []
     for bin in range(bins):
-        here = [np.flatnonzero(side == bin) for side in sides]
+        here = [np.flatnonzero(np.digitize(side, edges) == bin) for side in (a, b)]
         for mine, indices in zip(chosen, here):
             mine += indices[:min(map(len, here))].tolist()
     return chosen
 
 
-def student(args, seed, kind, window, rows):
-    """A fresh student from the base: SFT on rows, then rl.py's validation."""
-    variant = f"cross-sft/{kind}"
-    stage = recipe(args, seed, variant, window=window)
-    file = Path(stage.out) / "data.jsonl"
-    if not file.exists():
-        write_file(file, lambda f: f.write_text("".join(json.dumps(row) + "\n" for row in rows)))
-    sft = argparse.Namespace(**vars(stage))
-    for name in convert_sft.SETTINGS:
-        setattr(sft, name, getattr(stage, name) if name in ("window", "instruction", "micro_tokens") else None)
-    sft.steps, sft.data = args.sft_steps, str(file)
-    folder = convert(settle(sft, convert_sft.SETTINGS))
-    model = Transformer.from_pretrained(folder, device=pick_device(stage.device))
-    problems = tiny_problems(stage.validate, [seed, 10], test=True) if stage.data == "tiny" else \
-        held_out_problems(stage, stage.validate)
-    return {"sft": validate(model, Tokenizer(model.tokenizer_files), problems, stage)}
-
-
 def trajectories(args, seed):
-    """Correct T=1 answers of SA-RL and SWA-RL to the same training problems -> kind of data -> JSONL rows."""
-    stage, sides = recipe(args, seed), {}
+    """Correct answers of SA-RL and SWA-RL to the same training problems -> {(pairing, teacher): rows}."""
+    stage = recipe(args, seed)
     problems = tiny_problems(args.limit or 1200, [seed, 13]) if stage.data == "tiny" else \
-        [p for p in load_problems(stage.data) if not held_out(p["problem"], 5)][:args.limit or 1200]
-    for kind in ("SA", "SWA"):
-        rollouts, texts, right = sampled(policies(args, seed)[f"{kind}-RL"], problems, stage)
-        sides[kind] = [{**p, "solution": text, "tokens": len(r.tokens)} if ok else None
-                       for p, text, r, ok in zip(problems, texts, rollouts, right)]
-    both = [i for i in range(len(problems)) if sides["SA"][i] and sides["SWA"][i]]
-    data = {("paired", kind): [sides[kind][i] for i in both] for kind in sides}
-    correct = {kind: [row for row in rows if row] for kind, rows in sides.items()}
-    chosen = length_matched(*([row["tokens"] for row in rows] for rows in correct.values()))
-    return data | {("matched", kind): [correct[kind][i] for i in indices] for kind, indices in zip(correct, chosen)}
+        [p for p in load_problems(stage.data) if not held_out(p["problem"], rl.HELD_OUT)][:args.limit or 1200]
+    sides = {}
+    for teacher in ("SA", "SWA"):
+        episodes = episodes_of(policies(args, seed)[f"{teacher}-RL"], problems, stage)
+        sides[teacher] = {i: {**p, "solution": e.text, "tokens": len(e.tokens)}
+                          for i, (p, e) in enumerate(zip(problems, episodes)) if e.reward}
+    data = {("paired", teacher): [side[i] for i in side if all(i in s for s in sides.values())] for teacher, side in sides.items()}
+    rows = {teacher: list(side.values()) for teacher, side in sides.items()}
+    matched = length_matched(*([row["tokens"] for row in side] for side in rows.values()))
+    return data | {("length-matched", t): [rows[t][i] for i in chosen] for t, chosen in zip(rows, matched)}
 
 
 def cross_sft(args):
-    """Paper's Table 4: students of both architectures on trajectories of both policies, correct ones only."""
+    """Students of both architectures, from the base, on correct trajectories of both policies (paper's Table 4)"""
     arms(args, {"SA": {"window": "full"}, "SWA": {}})
-    data = run_all(trajectories, [(args, seed) for seed in args.seeds], args.workers)
-    kinds = [(*key, kind, window) for key in data[0] for kind, window in (("SA", "full"), ("SWA", None))]
-    tasks = [(args, seed, f"{pairing}-{teacher}", window, mine[pairing, teacher])
-             for pairing, teacher, _, window in kinds for seed, mine in zip(args.seeds, data)]
-    results = run_all(student, tasks, args.workers)
+    data = dict(zip(args.seeds, run_all(trajectories, [(args, seed) for seed in args.seeds], args.workers)))
+    table = {}
+    for pairing, teacher in data[args.seeds[0]]:
+        for student, window in (("SA", "full"), ("SWA", None)):
+            table[pairing, teacher, student] = lambda seed, key=(pairing, teacher), window=window: {
+                "variant": f"cross-sft/{'-'.join(key)}", "window": window, "rows": data[seed][key],
+                "sft_steps": 150 if args.model[0] == "tiny" else None}
     rows = []
-    for i, (pairing, teacher, kind, _) in enumerate(kinds):
-        mine = results[i * len(args.seeds):(i + 1) * len(args.seeds)]
-        used = [row["tokens"] for d in data for row in d[pairing, teacher]]
-        rows.append({"problems": pairing, "trajectories of": f"{teacher}-RL", "student": kind, "greedy": cell(mine, "sft", "greedy"),
-                     "T=1": cell(mine, "sft"), "examples": len(used) // len(args.seeds), "their length": float(np.mean(used))})
-    return rows, [{"kind": "bar", "title": f"{pairing} problems" if pairing == "paired" else "length-matched",
-                   "x": ["SA-RL's", "SWA-RL's"], "xlabel": "trajectories of", "ylabel": "accuracy, T=1",
-                   "series": {f"{kind} student": [r["T=1"] for r in rows if (r["problems"], r["student"]) == (pairing, kind)]
-                              for kind in ("SA", "SWA")}} for pairing in ("paired", "matched")]
+    for (pairing, teacher, student), results in arms(args, table, run_sft).items():
+        used = [row["tokens"] for d in data.values() for row in d[pairing, teacher]]
+        rows.append({"problems": pairing, "trajectories": f"{teacher}-RL's", "student": student, **cells(results, "sft"),
+                     "examples": len(used) / len(data), "their length": float(np.mean(used))})
+    return rows, {"cross-sft": [bars(f"{pairing} (examples: {np.mean([r['examples'] for r in rows if r['problems'] == pairing]):.0f})",
+                                     [r for r in rows if r["problems"] == pairing], "trajectories", "student", xlabel="trained on")
+                                for pairing in ("paired", "length-matched")]}
 
 
-def prepare_strategy(args, seed, label):
-    """What must lie in a strategy's folder before its run."""
-    stage = recipe(args, seed, f"strategies/{label}")
-    target = stage_folder(stage, "sft")
-    if label == "none" and not (target / "config.json").exists():  # SA-SFT with the window set, and nothing else
-        model = Transformer.from_pretrained(policies(args, seed)["SA-SFT"], window=stage.window)
-        model.save_pretrained(target)
-    if label == "restate-only":
-        rows = tiny_problems(4000, [seed, 4], restate=lambda rng: 1.0)
-        write_file(Path(stage.out) / "data.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in rows)))
-        return {"sft_data": str(Path(stage.out) / "data.jsonl")}
-    return {}
+def trajectory_gaps(folder, reference, stage, sizes, n, positions):
+    """One policy's locality: for each window the mean gap of each trajectory, and where the gap sits."""
+    problems = tiny_problems(n, [stage.seed, 10], test=True) if stage.data == "tiny" else \
+        [p for p in load_problems(stage.data) if held_out(p["problem"], rl.HELD_OUT)][:n]
+    rollouts = episodes_of(folder, problems, stage)
+    reference = Transformer.from_pretrained(reference, device=pick_device(stage.device), dtype=torch.float32)
+    tokenizer, found = Tokenizer(reference.tokenizer_files), {"right": [r.reward > 0 for r in rollouts], "length": [len(r.tokens) for r in rollouts]}
+    for w in sizes:
+        gaps = token_gaps(reference, rollouts, w, positions)
+        found[w] = [g.nanmean(1).tolist() for g in gaps]  # (log-ratio, KL) of each trajectory
+        if w == stage.window:  # by tenths of the response; token by token in one answer to a short problem
+            found["tenths"] = np.nanmean([[part.nanmean().item() for part in g[1].tensor_split(10)] for g in gaps], 0).tolist()
+            one = sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].prompt))[len(rollouts) // 4]
+            found["strip"] = [(tokenizer.decode([token], skip_special=False), kl) for token, kl in
+                              zip(rollouts[one].tokens[:80], gaps[one][1].tolist())]
+    return found
 
 
-def strategies(args):
-    """Ways from SA to SWA (ours: Table 5's are unknown), each before and after RL."""
-    layers = args.full_layers or [1]
-    table = {"none": {}, "direct": None, "shrinking": {"window_from": args.window_from or 96},
-             "hybrid": {"full_layers": layers}, "restate-only": {}}
+def locality(args):
+    """How much trajectories lean on what is beyond a window, under the SA-SFT reference (our stand-in for Eq. 4)"""
+    main = recipe(args, args.seeds[0]).window
+    sizes = sorted({main, *(w for w in args.windows or [8, 12, 16, 20, 24, 32, 48] if w != "full")})
+    arms(args, {"SA": {"window": "full"}, "SWA": {}})
+    labels = list(policies(args, args.seeds[0]))
+    tasks = [(policies(args, seed)[label], policies(args, seed)["SA-SFT"], recipe(args, seed), sizes, args.limit or 256,
+              args.positions) for label in labels for seed in args.seeds]
+    results = iter(run_all(trajectory_gaps, tasks, args.workers))
+    found = {label: [next(results) for _ in args.seeds] for label in labels}
+
+    def gap(label, w, which, only="all", whole=False):
+        return over_seeds([[[pair[which] * (length if whole else 1)] for pair, length, right in
+                            zip(f[w], f["length"], f["right"]) if right or only == "all"] for f in found[label]])
+
+    rows = [{"policy": label, "trajectories": only, "KL a token": gap(label, main, 1, only), "log-ratio a token": gap(label, main, 0, only),
+             "KL a trajectory": gap(label, main, 1, only, whole=True)} for label in found for only in ("all", "correct")]
+    curve = {label: [gap(label, w, 1, "correct") for w in sizes] for label in found}
+    where = {label: np.mean([f["tenths"] for f in found[label]], 0).tolist() for label in found}
+    strips = [{"kind": "strip", "title": f"one answer of {label} (window {main})", "x": [t for t, _ in found[label][0]["strip"]],
+               "xlabel": "", "ylabel": "KL, nats", "series": {label: [kl for _, kl in found[label][0]["strip"]]}}
+              for label in ("SA-RL", "SWA-RL")]
+    unit = {"kind": "line", "ylabel": "KL, nats a token"}
+    return rows, {"locality": [
+        bars(f"window {main}", rows, "policy", "trajectories", "KL a token", ylabel="KL, nats a token"),
+        {"title": "correct, by window", "x": sizes, "xlabel": "window, tokens", "series": curve, **unit},
+        {"title": f"along the response (window {main})", "x": list(range(5, 100, 10)), "xlabel": "% of the response", "series": where,
+         **unit}], "locality-tokens": strips}
+
+
+REACH_LENGTH = 80  # tokens of a retrieval example
+
+
+def reach_example(rng, tokenizer, distance, queries=0.0):
+    """Letters, one digit, more letters, and `?` at the end, `distance` tokens behind the digit -> (tokens,
+    targets): the digit is asked for under the `?`, with queries > 0 also under some more of them on the way."""
+    tokens = rng.choice(tokenizer.encode("abcdefghijkl"), REACH_LENGTH)
+    digit, fact = rng.choice(tokenizer.encode("0123456789")), REACH_LENGTH - 1 - distance
+    asked = (np.arange(REACH_LENGTH) > fact) & (rng.random(REACH_LENGTH) < queries)
+    asked[-1] = True
+    tokens[asked], tokens[fact] = tokenizer.encode("?")[0], digit
+    return tokens.tolist(), np.where(asked, digit, -1).tolist()
+
+
+def reach_run(folder, seed, window, full_layers, distances, device, steps=300, n=200):
+    """Trains the untrained tiny architecture on retrieval at all distances -> scores (n, 1) at each distance."""
+    torch.set_num_threads(1)
+    model = tiny_base(seed)
+    model.config.window, model.config.full_layers = as_window(window), full_layers
+    tokenizer = Tokenizer(model.tokenizer_files)
+    trainer = Trainer(model, folder, {"stage": "reach", "seed": seed, "steps": steps}, pick_device(device))
+    while trainer.step < steps and not trainer.stopping:
+        rng = np.random.default_rng([seed, 14, trainer.step])
+        rows = [dict(zip(("tokens", "targets"), reach_example(rng, tokenizer, rng.integers(1, REACH_LENGTH), 0.3)))
+                for _ in range(32)]
+        asked = sum(t >= 0 for row in rows for t in row["targets"])
+        trainer.update(rows, lambda logprobs, entropy, m: -logprobs.sum() / asked,
+                       schedule(trainer.step, steps, 3e-3, 30, "linear", decay_from=0.6))
+        trainer.log({}, None)
+    trainer.save()
+    found, rng = [], np.random.default_rng([seed, 15])
+    for distance in distances:
+        tokens, targets = torch.tensor([reach_example(rng, tokenizer, distance) for _ in range(n)], device=trainer.device).unbind(1)
+        with torch.no_grad():
+            found.append((model(tokens)[:, -1].argmax(-1) == targets[:, -1]).int()[:, None].tolist())
+    return found
+
+
+def reach(args):
+    """Retrieval at a chosen distance: a fact beyond layers x (window - 1) is out of reach for pure SWA, not for a hybrid"""
     if args.model[0] != "tiny":
-        del table["restate-only"]
-    found = arms(args, {"SA": {"window": "full"}, "direct": {}})
-    tasks, labels = [], [label for label, changes in table.items() if changes is not None]
-    for label in labels:
-        for seed in args.seeds:
-            extra = prepare_strategy(args, seed, label)
-            tasks.append((recipe(args, seed, f"strategies/{label}", **table[label], **extra),))
-    results = run_all(run_arm, tasks, args.workers)
-    n = len(args.seeds)
-    found |= {label: results[i * n:(i + 1) * n] for i, label in enumerate(labels)}
-    found = {label: found[label] for label in [*table, "SA"]}
-    return accuracy_rows(found), [{"kind": "bar", "title": "conversion strategies, before and after RL", "x": list(found),
-                                   "xlabel": "", "ylabel": "accuracy, T=1", "series": {
-                                       f"after {s.upper()}": [cell(r, s) for r in found.values()] for s in ("sft", "rl")}}]
+        raise UsageError(f"--analysis reach trains its own small models: give --model tiny, not {args.model[0]}")
+    layers, W = convert_sft.TINY.num_hidden_layers, args.window or 16
+    far = layers * (W - 1)
+    distances = sorted({4, W - 1, W, 2 * (W - 1), far - 5, far, far + 1, far + 8, far + 15, far + 30})
+    if W == "full" or distances[-1] >= REACH_LENGTH:
+        raise UsageError(f"--window {W}: give one of 3 to 16, so that examples of {REACH_LENGTH} tokens hold facts beyond its reach")
+    kinds = {"SA": ("full", ()), "hybrid, layer 1 full": (W, (1,)), "SWA": (W, ())}
+    tasks = [(Path(recipe(args, seed, "reach").out) / f"{label[:3].strip()}-w{W}", seed, *kind, distances, args.device)
+             for label, kind in kinds.items() for seed in args.seeds]
+    results = iter(run_all(reach_run, tasks, args.workers))
+    found = {label: [next(results) for _ in args.seeds] for label in kinds}
+    where = [f"{d} ({'in the window' if d < W else 'within reach' if d <= far else 'beyond'})" for d in distances]
+    series = {label: [over_seeds(scores) for scores in zip(*seeds)] for label, seeds in found.items()}
+    rows = [{"distance": at, **{label: series[label][i] for label in series}} for i, at in enumerate(where)]
+    return rows, {"reach": [{"kind": "line", "title": f"{layers} layers, window {W}", "x": distances, "xlabel": "distance of the fact, tokens",
+                             "ylabel": "accuracy (chance 0.1)", "series": series,
+                             "marks": {W - 1: "window", far: f"{layers} x (window - 1)"}}]}
 
 
-def budgets(args):
-    """RL of SA and SWA at equal steps, and SWA again in the time that SA took; runs alone, for the clock's sake."""
-    args.workers = 1
-    arms(args, {"SA": {"window": "full", "steps": 0}, "SWA": {"steps": 0}} if False else {})
+ANALYSES = {"locality": locality, "cross-sft": cross_sft, "windows": windows, "strategies": strategies,
+            "budgets": budgets, "reach": reach}
+
+
+def analyse(args):
+    """Runs an analysis and writes <out>/<model>/analysis/<name>.md, .json and the pictures."""
+    began, name = time.time(), args.analysis
+    if args.model[0] == "tiny" and name != "reach":
+        run_all(pretrain_tiny, [(recipe(args, seed),) for seed in args.seeds], args.workers)
+    rows, pictures = ANALYSES[name](args)
+    folder = stage_folder(recipe(args, 0, out=args.out), "sft").parent / "analysis"
+    note = f"Seeds {', '.join(map(str, args.seeds))}; mean [95 % bootstrap interval over seeds, problems and repeats] n = problems."
+    write_report(folder, name, f"{ANALYSES[name].__doc__.split(chr(10))[0]}. {note}", rows, pictures, args,
+                 {"minutes": round((time.time() - began) / 60, 1)})
+
+
+# ----------------------------------------------------------------------------------------------------
+# reports and pictures
+
+
+def shown(value):
+    """A table's cell as text."""
+    if isinstance(value, dict):
+        digits = 3 if abs(value["mean"]) < 10 else 1
+        return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write_report(folder, name, title, rows, pictures, args, more):
+    """Rows (dicts with the same keys) and pictures {file: panels} -> Markdown, JSON, PNG; prints the table."""
+    n = sorted({c["n"] for row in rows for c in row.values() if isinstance(c, dict)})
+    keys = list(rows[0])
+    lines = ["| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+    lines += ["| " + " | ".join(shown(row[key]) for key in keys) + " |" for row in rows]
+    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    table = "\n".join([*lines, "", f"{title} n = {n[0]}{f' to {n[-1]}' if len(n) > 1 else ''}.", "", f"`{command}`", ""])
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / f"{name}.md", lambda f: f.write_text(table))
+    record = {"title": title, "command": command, "rows": rows, **describe_machine(pick_device(args.device)), **more}
+    write_file(folder / f"{name}.json", lambda f: f.write_text(json.dumps(record, indent=1)))
+    for file, panels in pictures.items():
+        draw(folder / f"{file}.png", panels)
+    print(f"\n{table}\n{folder / name}.md, .json and {', '.join(f'{file}.png' for file in pictures)}")
+
+
+COLOURS = {"SWA": "#D55E00", "SA": "#0072B2", "hybrid": "#009E73"}  # Okabe and Ito: told apart by all eyes
+OTHERS = ["#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#F0E442", "#000000"]
+
+
+def draw(path, panels):
+    """Panels of lines, bars or a strip of tokens, side by side (strips one above another), 800 px wide or twice that."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False}
+    strips = panels[0]["kind"] == "strip"
+    shape = (len(panels), 1) if strips else (1, len(panels))
+    figure, axes = plt.subplots(*shape, figsize=(8, 1.7 * len(panels) if strips else 3.4), squeeze=False, layout="constrained")
+    top = max((v for p in panels for s in p["series"].values() for v in s if strips), default=None)
+    for axis, panel in zip(axes.flat, panels):
+        names = any(isinstance(x, str) for x in panel["x"])
+        at = np.arange(len(panel["x"])) if names or panel["kind"] == "bar" else np.array(panel["x"], float)
+        for i, (label, values) in enumerate(panel["series"].items()):
+            colour = next((c for key, c in COLOURS.items() if label.startswith(key)), OTHERS[i % len(OTHERS)])
+            values = [v if isinstance(v, dict) else {"mean": np.nan if v is None else v} for v in values]
+            mean = np.array([v["mean"] for v in values])
+            error = np.abs([[v["mean"] - v.get(end, v["mean"]) for v in values] for end in ("low", "high")])
+            if panel["kind"] == "line":
+                look = {"ls": "--", "mfc": "white"} if "SFT" in label else {"ls": "-"}
+                axis.errorbar(at, mean, error, color=colour, marker="o" if len(at) < 20 else None, ms=4, lw=1.5, capsize=2, label=label, **look)
+                shift = 0
+            else:
+                width = 0.8 / len(panel["series"])
+                shift = (i + 0.5) * width - 0.4
+                axis.bar(at + shift, mean, width * 0.92, yerr=None if strips else error, color=colour, capsize=2, label=label,
+                         error_kw={"lw": 1})
+            for x, v in zip(at, values):  # each seed a dot
+                seeds = v.get("seeds", [])
+                axis.plot([x + shift] * len(seeds), seeds, ".", color="black", ms=3, alpha=0.5) if len(seeds) > 1 else None
+        if names:
+            axis.set_xticks(at, ["eos" if x == "<eos>" else x.replace("\\boxed{", "box") for x in panel["x"]],
+                            fontsize=6 if strips else None)
+        for x, text in panel.get("marks", {}).items():
+            axis.axvline(x + 0.5, color="gray", lw=0.8, ls=":")
+            axis.text(x + 0.5, 0.5, text, rotation=90, ha="right", va="center", color="gray", transform=axis.get_xaxis_transform())
+        axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"], ylim=(0, top * 1.05 if top else None))
+        axis.margins(x=0.01 if strips else None)
+        if len(panel["series"]) > 1:
+            axis.legend(fontsize=8)
+    n = sorted({v["n"] for p in panels for s in p["series"].values() for v in s if isinstance(v, dict)})
+    if n:
+        figure.text(0.995, 0.005, f"n = {n[0]}{f' to {n[-1]}' if len(n) > 1 else ''}, 95 % intervals", ha="right", fontsize=7, color="gray")
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------
+# the command
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False,
+                                epilog="With --analysis, rl.py's flags (--steps, --data, ...) are understood too.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    # what to do
+    p.add_argument("--model", nargs="+", default=[], help="model folders or hub ids; with --analysis tiny, or a base model")
+    p.add_argument("--benchmarks", help=f"comma-separated: tiny, {', '.join(BENCHMARKS)}, or JSONL files")
+    p.add_argument("--prompt", help="stream one answer to this")
+    p.add_argument("--regrade", metavar="JSONL", help="grade generations again, without a model")
+    p.add_argument("--analysis", choices=ANALYSES, help="run one of the paper's analyses")
+    # sampling
+    p.add_argument("--samples", type=int, default=1, help="answers to each problem")
+    p.add_argument("--temperature", type=float, default=1.0, help="0: greedy; DeepSeek-R1's distillations ask for 0.6")
+    p.add_argument("--top-p", type=float, default=1.0, help="1: no truncation; the distillations ask for 0.95")
+    p.add_argument("--max-new-tokens", type=int, help="tokens of an answer (default: what the positions leave, at most 32768)")
+    p.add_argument("--instruction", help="appended to each problem (default: none for tiny and --prompt, else to box the answer)")
+    p.add_argument("--window", type=window_arg, help="override the model's window: keys, or full")
+    p.add_argument("--limit", type=int, help="use the first so many problems only")
+    p.add_argument("--chunk", type=int, default=64, help="problems between two writes; an interruption loses at most these")
+    # analyses
+    p.add_argument("--seeds", type=lambda s: [int(x) for x in s.split(",")], default=[0], help="training seeds, such as 0,1,2")
+    p.add_argument("--windows", type=lambda s: [window_arg(x) for x in s.split(",")], help="windows of a curve, such as 16,24,full")
+    p.add_argument("--positions", type=int, help="locality: tokens of each response to look at (default: all)")
+    p.add_argument("--workers", type=int, default=min(2, os.cpu_count()), help="runs side by side")
+    # the machine
+    p.add_argument("--out", default="out", help="where results go")
+    p.add_argument("--seed", type=int, default=0, help="of the sampling")
+    p.add_argument("--slots", type=int, help="sequences that run at a time (default: by free memory)")
+    p.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    return p
+
+
+def check(args):
+    """UsageError for what cannot be run."""
+    asked = [name for name in ("benchmarks", "prompt", "regrade", "analysis") if getattr(args, name) is not None]
+    if len(asked) != 1:
+        raise UsageError("give one of --benchmarks, --prompt, --regrade and --analysis (-h explains them)")
+    if args.rest and not args.analysis:
+        raise UsageError(f"unknown arguments: {' '.join(args.rest)}")
+    if not args.model and not args.regrade:
+        raise UsageError(f"--{asked[0]} needs --model, such as out/tiny/rl-w24")
+    if len(args.model) > 1 and not args.benchmarks:
+        raise UsageError(f"--{asked[0]} takes one --model")
+    for name in ("samples", "chunk", "limit", "workers", "slots", "max_new_tokens", "positions"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: give a whole number above 0")
+    if not args.temperature >= 0 or not 0 < args.top_p <= 1:
+        raise UsageError("--temperature is 0 or more, --top-p above 0 and at most 1")
+
+
+def load(name, args):
+    """-> (model, tokenizer), with --window in place of the model's own."""
+    device = pick_device(args.device)
+    model = Transformer.from_pretrained(name, window=as_window(args.window) if args.window else "config", device=device)
+    if model.config.hidden_size == convert_sft.TINY.hidden_size:
+        torch.set_num_threads(1)  # tiny matrices gain nothing from more
+    return model, Tokenizer(model.tokenizer_files)
+
+
+def benchmark(args):
+    """Every model on every benchmark; then the table, against the first model, and the picture."""
+    names, found = [name for name in args.benchmarks.split(",") if name], {}
+    problems = {name: load_benchmark(name, args.seed)[:args.limit] for name in names}
+    for path in args.model:
+        model, tokenizer = load(path, args)
+        label = "/".join((Path(path).resolve() if Path(path).exists() else Path(path)).parts[-2:])
+        label += f"@w{args.window}" if args.window else ""
+        for name in names:
+            own = argparse.Namespace(**vars(args))
+            own.instruction = ("" if name == "tiny" else INSTRUCTION) if args.instruction is None else args.instruction
+            longest = max(len(as_prompt(tokenizer, p["problem"], own.instruction)) for p in problems[name])
+            own.max_new_tokens = args.max_new_tokens or min(32768, model.config.max_position_embeddings - longest)
+            settings = {"model": path, "weights": fingerprint(model), "window": model.config.window, "benchmark": name,
+                        **{key: getattr(own, key) for key in ("samples", "temperature", "top_p", "max_new_tokens",
+                                                              "instruction", "seed", "chunk")}}
+            file = Path(args.out) / "eval" / label / f"{Path(name).stem}.jsonl"
+            found[label, name] = answer_benchmark(model, tokenizer, problems[name], file, settings, own)
+    compare(args, found)
+
+
+def compare(args, found):
+    """{(model, benchmark): records} -> the table, the differences to the first model, and the picture."""
+    models, names = (list(dict.fromkeys(key[i] for key in found)) for i in range(2))
+    rows, k = [], args.samples
+    for name in names:
+        first = scores_of(found[models[0], name])
+        for label in models:
+            difference, low, high, p = paired_bootstrap(first, scores_of(found[label, name]))
+            row = {"benchmark": Path(name).stem, "model": label, **measure(found[label, name])}
+            if len(models) > 1:
+                row |= {"difference": {"mean": difference, "low": low, "high": high, "n": row["n"]}, "p": p}
+            rows.append(row)
+    full = [dict(row) for row in rows]
+    for row in rows:
+        row.pop("pass@"), row.pop("verdicts")
+    title = f"Difference and p: paired bootstrap against {models[0]}. " * (len(models) > 1)
+    write_report(Path(args.out) / "eval", "results", f"{title}Mean [95 % bootstrap interval over problems and repeats].", rows, {
+        "results": [bars("accuracy", rows, "benchmark", "model", f"avg@{k}", ylabel=f"avg@{k}")]}, args, {"full": full})
+
+
+def regrade(file):
+    """Grades a file of generations again, in place, and says what changed."""
+    settings, records = read_generations(file)
+    before = [r.get("verdicts", [None] * len(r["responses"])) for r in records]
+    grade(records)
+    changed = sum(a != b for old, r in zip(before, records) for a, b in zip(old, r["verdicts"]))
+    write_file(Path(file), lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in ({"settings": settings}, *records))))
+    found = measure(records)
+    accuracy = next(f"{name} {shown(value)}" for name, value in found.items() if name.startswith("avg@"))
+    print(f"{file}: {changed} of {sum(found['verdicts'].values())} verdicts changed; {accuracy}; {found['verdicts']}")
+
+
+def main():
+    args, rest = parser().parse_known_args()
+    args.rest = rest
+    check(args)
+    print("settings:", json.dumps(vars(args)), file=sys.stderr if args.prompt else sys.stdout, flush=True)
+    if args.analysis:
+        analyse(args)
+    elif args.benchmarks:
+        benchmark(args)
+    elif args.prompt is not None:
+        args.instruction = args.instruction or ""
+        stream_answer(*load(args.model[0], args), args.prompt, args)
+    else:
+        regrade(args.regrade)
+
+
+if __name__ == "__main__":
+    cli(main)

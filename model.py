@@ -390,7 +390,8 @@ class Transformer(nn.Module):
                                  f"for {tuple(tensor.shape)}")
         model.load_state_dict(weights, assign=True)
         model.tie()
-        model.tokenizer_files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name in TOKENIZER_FILES}
+        names = (*TOKENIZER_FILES, "config.json")  # config.json may be the only one to name the stop ids
+        model.tokenizer_files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name in names}
         return model
 
     def save_pretrained(self, folder, weights=None):
@@ -406,8 +407,9 @@ class Transformer(nn.Module):
         config = self.config.to_dict() | {"torch_dtype": str(next(iter(weights.values())).dtype)[6:]}
         (folder / "config.json").unlink(missing_ok=True)
         write_file(folder / "model.safetensors", lambda f: save_file(weights, f, {"format": "pt"}))
-        for name, data in self.tokenizer_files.items():
-            write_file(folder / name, lambda f, data=data: f.write_bytes(data))
+        for name in TOKENIZER_FILES:
+            if name in self.tokenizer_files:
+                write_file(folder / name, lambda f: f.write_bytes(self.tokenizer_files[name]))
         write_file(folder / "config.json", lambda f: f.write_text(json.dumps(config, indent=2)))
 
 
@@ -485,7 +487,7 @@ BYTE_TO_CHAR = {b: chr(b) for b in SHOWN} | {b: chr(256 + i) for i, b in enumera
 CHAR_TO_BYTE = dict.fromkeys(HIDDEN, 0xFFFF) | {ord(c): b for b, c in BYTE_TO_CHAR.items()}
 
 GPT2_CHUNKS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after cutting at every digit: the text ends before a digit, so all its white space is one
+# The same where every digit is cut out first: the text ends there, hence \s+(?=\p{N})
 DIGIT_CHUNKS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
@@ -508,113 +510,123 @@ def token_bytes(token):
 
 
 def chunk_pattern(pre_tokenizer):
-    """The regex whose matches are merged each on its own."""
+    """The regex whose matches are merged each on its own, from tokenizer.json's entry."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     match [{"use_regex": True} | step for step in steps]:
-        case [{"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]:
+        case [{"type": "ByteLevel", "use_regex": True, "add_prefix_space": False}]:
             return GPT2_CHUNKS
         case [
             {"type": "Digits", "individual_digits": True},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+            {"type": "ByteLevel", "use_regex": True, "add_prefix_space": False},
         ]:
             return DIGIT_CHUNKS
         case [
-            {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": chunks}},
-            {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            {"type": "Split", "behavior": "Isolated", "invert": False, "pattern": {"Regex": own}},
+            {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
         ]:
-            return chunks
-    raise unsupported(f"the pre-tokenizer {' + '.join(s['type'] for s in steps) or None}")
-
-
-def splitter(tokens):
-    """A regex for `split`: text, token, text, ..., text. The longest token at a place wins."""
-    longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
-    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+            return own
+    kinds = " + ".join(step["type"] for step in steps) or "none"
+    raise unsupported(f"a pre-tokenizer ({kinds}) or settings of it")
 
 
 class GenerationBlock(Extension):
-    """`{% generation %}` in chat templates marks the assistant's text; here it only renders it."""
+    """`{% generation %}` in a chat template marks the assistant's text; here it only renders."""
 
     tags = {"generation"}
 
     def parse(self, parser):
         line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return nodes.Scope(body, lineno=line)
+
+
+def template_error(message):
+    raise ValueError(message)
+
+
+def template_json(value, ensure_ascii=False, **options):
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+# As in transformers; sandboxed, since a template is code from the hub
+TEMPLATES = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
+)
+TEMPLATES.filters["tojson"] = template_json
+TEMPLATES.globals["raise_exception"] = template_error
+TEMPLATES.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
 
 class Tokenizer:
     """A checkpoint's byte-level BPE on tiktoken, with the ids of Hugging Face's `tokenizers`.
 
-    files: name -> bytes of TOKENIZER_FILES and config.json; only tokenizer.json is needed.
-    Ids are below `n_ids`, even if the embedding has more rows: those are never to be sampled.
-    `stop_ids` are all the checkpoint declares, `eos_id` is the one its tokenizer ends a text with.
-    ValueError for what is left out: SentencePiece, WordPiece, normalizers but NFC, padded tokens.
+    files: name -> bytes, of TOKENIZER_FILES and config.json; only tokenizer.json is needed.
+    All ids are below n_ids; an embedding may have more rows, which are never to be sampled.
+    stop_ids: every eos the files declare; eos_id: the one of the tokenizer, to end a text with.
+    Left out, UsageError: SentencePiece, WordPiece, normalizers but NFC, tokens with lstrip, rstrip.
     """
 
     def __init__(self, files):
         self.files = files
-        if "tokenizer.json" not in files:
-            raise UsageError("there is no tokenizer.json: convert the tokenizer to that format")
         try:
             self._build(self._json("tokenizer.json"))
         except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(f"tokenizer.json is malformed ({error!r}): fetch it again") from error
+            raise UsageError(
+                f"tokenizer.json is missing or malformed ({error!r}): fetch it, or convert the "
+                "tokenizer to that format"
+            ) from error
         self.config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
         named = {key: value for key, value in self.config.items() if key.endswith("_token")}
-        named = {key: v["content"] if isinstance(v, dict) else v for key, v in named.items()}
+        named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
         self.named = {key: value for key, value in named.items() if isinstance(value, str)}
-        self.bos_id = self.added.get(self.named.get("bos_token"))
-        self.eos_id = self.added.get(self.named.get("eos_token"))
-        self.stop_ids = {self.eos_id} - {None}
+        self.bos_id = self.id_of.get(self.named.get("bos_token"))
+        self.eos_id = self.id_of.get(self.named.get("eos_token"))
+        self.stop_ids = {self.eos_id}
         for name in ("generation_config.json", "config.json"):
             ids = self._json(name).get("eos_token_id")
-            self.stop_ids |= set(ids if isinstance(ids, list) else [ids]) - {None}
+            self.stop_ids |= set(ids if isinstance(ids, list) else [ids])
+        self.stop_ids -= {None}
 
     @classmethod
     def from_pretrained(cls, name_or_path):
-        """From a Hugging Face folder or hub id; of a hub model only the tokenizer's files."""
+        """From a Hugging Face folder, or by hub id: only the tokenizer's files are fetched."""
         names = (*TOKENIZER_FILES, "config.json")
         folder = resolve(name_or_path, names)
         return cls({n: (folder / n).read_bytes() for n in names if (folder / n).is_file()})
 
     def save(self, folder):
-        """Write the files as they were read; config.json is the model's to write."""
+        """Write the files as they were read, but config.json, which is the model's to write."""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in TOKENIZER_FILES:
-            if name in self.files:
-                (Path(folder) / name).write_bytes(self.files[name])
+        for name in self.files.keys() & set(TOKENIZER_FILES):
+            (Path(folder) / name).write_bytes(self.files[name])
 
     def _json(self, name):
         try:
-            content = json.loads(self.files.get(name, b"{}"))
-        except ValueError as error:
-            raise UsageError(f"{name} is not valid JSON ({error}): fetch it again") from error
-        if not isinstance(content, dict):
-            raise UsageError(f"{name} is no JSON object: fetch it again")
-        return content
+            return dict(json.loads(self.files.get(name, b"{}")))
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{name} is no JSON object ({error}): fetch it again") from error
 
     def _build(self, spec):
-        bpe, added = spec["model"], spec.get("added_tokens") or []
-        if bpe.get("type") != "BPE":
-            raise unsupported(f"a {bpe.get('type')} model")
-        if (decoder := spec.get("decoder")) is None or decoder["type"] != "ByteLevel":
-            raise unsupported("no ByteLevel decoder")
+        bpe, added = spec["model"], spec["added_tokens"]
+        if bpe["type"] != "BPE":
+            raise unsupported(f"a {bpe['type']} model")
         options = "dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback"
         if used := [option for option in options if bpe.get(option)]:
-            raise unsupported(f"the BPE option {used[0]}")
-        if used := [t for t in added if t["lstrip"] or t["rstrip"] or t["single_word"]]:
-            raise unsupported(f"lstrip, rstrip or single_word in the token {used[0]['content']!r}")
-        normalizer = spec.get("normalizer") or {}
-        steps = [step["type"] for step in normalizer.get("normalizers", [normalizer]) if step]
+            raise unsupported(f"the option {used[0]}")
+        if (spec["decoder"] or {}).get("type") != "ByteLevel":
+            raise unsupported("a decoder other than ByteLevel")
+        if any(t["lstrip"] or t["rstrip"] or t["single_word"] for t in added):
+            raise unsupported("added tokens with lstrip, rstrip or single_word")
+        normalizer = spec["normalizer"] or {"normalizers": []}
+        steps = [step["type"] for step in normalizer.get("normalizers", [normalizer])]
         if steps not in ([], ["NFC"]):
-            raise unsupported(f"the normalizer {' + '.join(steps)}")
+            raise unsupported(f"a normalizer ({' + '.join(steps)})")
         self.nfc = bool(steps)
 
-        # A merge's rank is not its product's id: rank = byte, or 256 + place among the merges
+        # A rank is no id: ranks are the 256 bytes, all of them or tiktoken panics, then the merges
         vocab = bpe["vocab"]
         self.id_of_rank = [vocab.get(BYTE_TO_CHAR[byte]) for byte in range(256)]
-        ranks = {bytes([byte]): byte for byte in range(256)}  # all of them, or tiktoken panics
+        ranks = {bytes([byte]): byte for byte in range(256)}
         for merge in bpe["merges"]:
             token = "".join(merge.split(" ") if isinstance(merge, str) else merge)
             if ranks.setdefault(token_bytes(token), len(ranks)) == len(self.id_of_rank):
@@ -622,47 +634,43 @@ class Tokenizer:
         self.absent = bytes(byte for byte in range(256) if self.id_of_rank[byte] is None)
         if self.absent and bpe.get("unk_token"):
             raise unsupported("an unk_token for bytes that the vocabulary lacks")
-        self.chunks = chunk_pattern(spec.get("pre_tokenizer"))
+        unmade = set(vocab.values()) - set(self.id_of_rank) - {t["id"] for t in added}
+        if bpe.get("ignore_merges") and unmade:  # what merges make, tiktoken prefers whole too
+            raise unsupported("ignore_merges with tokens that no merge makes")
+
+        self.chunks = chunk_pattern(spec["pre_tokenizer"])
         try:
             self.bpe = tiktoken.Encoding(
                 "bpe", pat_str=self.chunks, mergeable_ranks=ranks, special_tokens={}
             )
         except ValueError as error:
-            raise unsupported(f"a pattern tiktoken cannot read ({error})") from error
+            raise unsupported(f"a pattern that tiktoken cannot read ({error})") from error
         probe = "".join(map(chr, range(0x3000)))  # tiktoken loses what the pattern does not match
         if self.bpe.decode_bytes(self.bpe.encode_ordinary(probe)) != probe.encode():
-            raise unsupported("a pattern that leaves out some characters")
+            raise unsupported("a pattern that leaves out characters")
 
-        # Added tokens cut the text; those marked normalized are looked for after normalization
-        written = {t["content"]: t["id"] for t in added}
-        normalized = {self._normalize(t["content"]): t["id"] for t in added if t["normalized"]}
-        self.added = normalized | written
-        self.first_splitter = splitter(t["content"] for t in added if not t["normalized"])
-        self.second_splitter = splitter(normalized)
+        # Added tokens cut the text, special or not; where several begin, the longest wins
         self.special_ids = {t["id"] for t in added if t["special"]}
-        self.pieces = {i: token_bytes(token) for token, i in (vocab | written).items()}
+        self.id_of = vocab | {t["content"]: t["id"] for t in added}
+        longest_first = sorted((re.escape(t["content"]) for t in added), key=len, reverse=True)
+        self.added = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+        self.pieces = {i: token_bytes(token) for token, i in self.id_of.items()}
         self.n_ids = max(self.pieces) + 1
-
-    def _normalize(self, text):
-        return unicodedata.normalize("NFC", text) if self.nfc else text
 
     def encode(self, text):
         """Ids of a text; added tokens in it are recognised. No bos; lone surrogates are U+FFFD."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
-        for i, part in enumerate(self.first_splitter.split(text)):
-            if i % 2:
-                ids.append(self.added[part])
-                continue
-            for j, piece in enumerate(self.second_splitter.split(self._normalize(part))):
-                ids += [self.added[piece]] if j % 2 else self._merge(piece)
+        for i, part in enumerate(self.added.split(text)):  # text, token, text, ..., text
+            ids += [self.id_of[part]] if i % 2 else self._merge(part)
         return ids
 
     def _merge(self, text):
-        """Ids of a text without added tokens."""
-        if LONG_RUN.search(text) or any(map(text.encode().count, self.absent)):
-            # The exact, slow way: bytes that the vocabulary lacks are dropped after the cut into
-            # chunks and before the merges, so that their neighbours may merge (Hugging Face)
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        data = text.encode()
+        if LONG_RUN.search(text) or data.translate(None, self.absent) != data:
+            # Slow and exact. Hugging Face drops the bytes that the vocabulary lacks after the cut
+            # into chunks and before the merges, so that their neighbours may merge
             chunks = (match[0].encode() for match in regex.finditer(self.chunks, text))
             chunks = filter(None, (chunk.translate(None, self.absent) for chunk in chunks))
             ranks = (rank for chunk in chunks for rank in self.bpe._encode_single_piece(chunk))
@@ -671,52 +679,34 @@ class Tokenizer:
         return [self.id_of_rank[rank] for rank in ranks]
 
     def decode(self, ids, skip_special=True):
-        """Text of the ids; broken UTF-8 is U+FFFD. `special` tokens are left out, `<think>` is not."""
+        """Text of the ids, U+FFFD for broken UTF-8; <think> is added but not special: it stays."""
         skipped = self.special_ids if skip_special else ()
-        return b"".join(self.pieces.get(i, b"") for i in ids if i not in skipped).decode(
-            "utf-8", "replace"
-        )
+        data = b"".join(self.pieces.get(i, b"") for i in ids if i not in skipped)
+        return data.decode("utf-8", "replace")
 
     @cached_property
     def template(self):
-        """The checkpoint's chat template, compiled as transformers does; None without one."""
         source = self.config.get("chat_template")
-        if isinstance(source, list):  # several by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        if isinstance(source, list):  # several, by name
+            source = {entry["name"]: entry["template"] for entry in source}["default"]
         if "chat_template.jinja" in self.files:
             source = self.files["chat_template.jinja"].decode()
-        if source is None:
-            return None
-
-        def raise_exception(message):
-            raise ValueError(message)
-
-        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent,
-                              separators=separators, sort_keys=sort_keys)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
-        )
-        environment.filters["tojson"] = tojson
-        environment.globals["raise_exception"] = raise_exception
-        environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
-        return environment.from_string(source)
+        return TEMPLATES.from_string(source) if source else None
 
     def chat(self, messages):
         """Ids of the messages ({"role", "content"}) up to where the assistant's answer begins.
 
-        Without a chat template: bos if there is one, then "User: ...", and "Assistant:" at the end.
+        Without a chat template: bos if declared, "User: ..." a message, blank lines, "Assistant:".
         """
         try:
-            if self.template is None:
+            if not self.template:
                 turns = [f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages]
-                return self.encode("".join([self.named.get("bos_token", ""), *turns, "Assistant:"]))
-            text = self.template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self.named
-            )
-        except Exception as error:  # the template is the checkpoint's code
-            raise UsageError(f"the chat template cannot render these messages: {error}") from error
+                text = "".join([self.named.get("bos_token", ""), *turns, "Assistant:"])
+            else:
+                inputs = {"messages": messages, "tools": None, "documents": None}
+                text = self.template.render(inputs, add_generation_prompt=True, **self.named)
+        except Exception as error:  # anything: the template is the checkpoint's own code
+            raise UsageError(f"the chat template cannot render the messages: {error}") from error
         return self.encode(text)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import convert_sft
-from convert_sft import (RANK, WORLD, Trainer, add_settings, all_sum, as_prompt, as_window, convert, draw, held_out,
+from convert_sft import (RANK, WORLD, Parser, Trainer, add_settings, all_sum, as_prompt, as_window, convert, draw, held_out,
                          load_problems, make_row, other_stage, pick_device, print_plan, schedule, settle, stage_folder,
                          tiny_problems)
 from model import Rollout, Tokenizer, Transformer, UsageError, cli, generate, read_json, write_file
@@ -378,7 +378,7 @@ def draw_recipe(path, cells, runs, args):
 
 
 def parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = Parser(description=__doc__.split("\n\n")[0])
     add_settings(parser, SETTINGS)
     # alternatives to the defaults
     parser.add_argument("--adv-std", action="store_true", help="divide advantages by the group's standard deviation")

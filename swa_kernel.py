@@ -390,8 +390,8 @@ def _combine(part, part_lse, o, n_splits, D: tl.constexpr, BD: tl.constexpr, BS:
 # ------------------------------------------------------------------------------------ launches
 
 # (BM, BN, warps, stages) by padded head dimension; more shared memory only on sm_90 and sm_100.
-# Chosen so that nothing spills inside a loop (tests/aot_compile.py). To tune on a GPU: BM and BN in
-# {64, 128}, warps 4 or 8, stages 1 to 3.
+# Chosen so that next to nothing spills inside a loop (tests/aot_compile.py), not yet by a clock. The
+# grid to tune over on a GPU: BM and BN in (64, 128), 4 or 8 warps, 1 to 3 stages.
 TILES = {  # forward, dQ, dK and dV
     (32, "sm_80"): ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
     (64, "sm_80"): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
@@ -409,7 +409,7 @@ def _pad(D):
 
 def _launch(kernel, tensors, q, k, v, cu_seqlens, window):
     (B, T, H, D), (S, Hkv) = q.shape, k.shape[1:3]
-    big = q.is_cuda and torch.cuda.get_device_capability(q.device)[0] in (9, 10)
+    big = q.is_cuda and torch.cuda.get_device_properties(q.device).major in (9, 10)
     which = (_forward, _backward_q, _backward_kv).index(kernel)
     BM, BN, warps, stages = TILES[_pad(D), "sm_90" if big else "sm_80"][which]
     if q.dtype == torch.float32:
@@ -450,7 +450,7 @@ def _attention_backward(q, k, v, o, lse, do, cu_seqlens, window):
 
 @_operator("decode(Tensor q, Tensor k, Tensor v, Tensor position, int splits) -> Tensor")
 def _decode_splits(q, k, v, position, splits):
-    (B, H, D), (S, Hkv), BN = q.shape, k.shape[1:3], 64
+    (B, H, D), (S, Hkv), BN = q.shape, k.shape[1:3], 32 if q.dtype == torch.float32 else 64
     part = q.new_empty(B, H, splits, D, dtype=torch.float32)
     part_lse, o = part.new_empty(B, H, splits), q.new_empty(B, H, D)
     with torch.cuda.device_of(q):
@@ -496,7 +496,7 @@ def _use_triton(q):
         _warn("Triton is not installed")
     elif q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not 16 <= D <= 128:
         _warn(f"no kernel for {q.dtype} with head dimension {D}")
-    elif q.is_cuda and torch.cuda.get_device_capability(q.device) < (8, 0):
+    elif q.is_cuda and torch.cuda.get_device_properties(q.device).major < 8:
         _warn("no kernel for a GPU older than sm_80")
     else:
         return True

@@ -85,7 +85,8 @@ def main():
                     BM, BN, warps, stages = swa.FP32_TILE if dtype == "fp32" else tile
                     constants = packed | {"D": D, "BD": BD, "BM": BM, "BN": BN}
                     print(json.dumps(build(name, dtype, sm, constants, warps, stages)), flush=True)
-                for name, tile in (("_decode", {"BG": 16, "BN": 64}), ("_combine", {"BS": 128})):
+                BN = 32 if dtype == "fp32" else 64
+                for name, tile in (("_decode", {"BG": 16, "BN": BN}), ("_combine", {"BS": 128})):
                     record = build(name, dtype, sm, tile | {"D": D, "BD": BD}, 4, 3)
                     print(json.dumps(record), flush=True)
 
