@@ -26,6 +26,8 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from model import (LOGITS_PER_CHUNK, ModelConfig, RingCache, Tokenizer, Transformer, UsageError, check_window, cli,
                    read_json, read_weights, resolve, write_file)
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -139,7 +146,7 @@ def tiny_problem(rng):
     return "".join(f"{'abcdefgh'[i]}{rng.integers(5)}" for i in range(rng.integers(4, 9))) + "?"
 
 
-def tiny_solution(problem, rng, restate, boxed=True):
+def tiny_solution(problem, rng, restate):
     """`a3+0=3;b0+3=3;...\\boxed{7}`: after a step, the operands that remain are restated, `[c4d1]`, with
     probability `restate` if there are two or more: nothing in the prompt asks for it."""
     operands = [problem[i:i + 2] for i in range(0, len(problem) - 1, 2)]
@@ -149,7 +156,7 @@ def tiny_solution(problem, rng, restate, boxed=True):
         text += f"{total};"
         if len(operands) - i > 2 and rng.random() < restate:
             text += f"[{''.join(operands[i + 1:])}]"
-    return text + f"\\boxed{{{total}}}" * boxed
+    return text + f"\\boxed{{{total}}}"
 
 
 def tiny_problems(n, seed, test=False, restate=None):
@@ -220,7 +227,8 @@ def tiny_base(seed):
 
 @torch.no_grad()
 def reads_restatements(model, tokenizer, seed, n=200, window=24):
-    """The share of operands that the base reads right out of a restatement, in the longest problems.
+    """The share of digits that the base reads right, in the longest problems: each operand out of a
+    restatement, and the result into the box.
 
     The gate of pretraining: what RL will amplify must be there. The prompt's own operands are hidden by
     the window, so that only the restatement can be read.
@@ -233,8 +241,9 @@ def reads_restatements(model, tokenizer, seed, n=200, window=24):
             while len(rows) < 50:
                 problem = tiny_problem(rng)
                 if len(problem) >= 15:  # 7 or 8 operands
-                    text = problem + tiny_solution(problem, rng, restate=1, boxed=False)
-                    where += [(len(rows), m.start() + 1) for m in re.finditer(r"(?<=\])[a-h]", text)]
+                    text = problem + tiny_solution(problem, rng, restate=1)
+                    asks = re.finditer(r"(?<=\])[a-h]|\\boxed", text)  # a token a character up to the box
+                    where += [(len(rows), m.start() + 1) for m in asks]
                     rows.append(tokenizer.encode("<bos>" + text))
             tokens = torch.zeros(50, max(map(len, rows)), dtype=torch.long, device=model.device)
             for i, row in enumerate(rows):
@@ -298,8 +307,14 @@ def pick_device(name):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", **({"device_id": device} if cuda else {}))
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12),  # rank 0 validates alone
+                                **({"device_id": device} if cuda else {}))
     return device
+
+
+def compute_type(device):
+    """bfloat16 matrix products on a GPU, float32 on a CPU."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
 def describe_machine(device):
@@ -335,7 +350,7 @@ class Trainer:
         self.skipped, self.stopping, self.began, self.records = 0, False, time.time(), []
         self.model = model.to(device, torch.float32)
         self.model.checkpointing = device.type == "cuda"
-        self.amp = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+        self.amp = compute_type(device)
         if WORLD > 1:
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if device.type == "cuda" else None,
                                           reduce_dtype=torch.float32)
@@ -356,6 +371,10 @@ class Trainer:
         self.stopping = True
         print("\nstopping after this step", file=sys.stderr, flush=True)
         self.default_signals()
+
+    def agreed(self, condition):
+        """Whether it holds on any rank: all must leave a loop in the same step."""
+        return all_max(float(condition), self.device) > 0
 
     @staticmethod
     def default_signals():
@@ -439,8 +458,8 @@ class Trainer:
     def save(self, final=False):
         """Writes step-N and, now and then, the picture; `final` puts the model into the run's folder before."""
         weights, optimizer = self.states()
+        self.seconds, self.began = self.elapsed(), time.time()
         if RANK == 0:
-            self.seconds, self.began = self.elapsed(), time.time()
             target, temporary = self.folder / f"step-{self.step:06d}", self.folder / "step.tmp"
             try:
                 if final:  # first: were it cut off between the two, the last step would just be done again
@@ -472,6 +491,13 @@ class Trainer:
             (self.folder / "log.jsonl").touch()
         except OSError as error:
             raise UsageError(f"{self.folder} cannot be written ({error.strerror}): choose another --out") from None
+        if RANK == 0 and fcntl:
+            self.lock = open(self.folder / "lock", "w")
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"{self.folder} is in use by another run: wait for it, stop it, or choose another "
+                                 "--out") from None
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)
         for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
             try:
@@ -554,7 +580,7 @@ def all_max(value, device):
 
 
 def pretrain_tiny(args):
-    """The tiny SA base -> its folder: language modelling on chains of both styles, then the gate.
+    """The tiny SA base -> its folder: language modelling on solutions of both styles, then the gate.
 
     A base that cannot read values out of restatements looks as good as any after SFT and yet gives RL
     nothing to amplify; so pretraining goes on in rounds until it can.
@@ -568,26 +594,28 @@ def pretrain_tiny(args):
         return folder
     stream = []  # documents one after another, restating with a probability of their own
     for row in tiny_problems(12000, [args.seed, 1], restate=lambda rng: rng.random()):
-        text = row["solution"].split("\\boxed")[0]
-        stream += tokenizer.encode(f"<bos>{row['problem']}{text}<eos>")
+        stream += tokenizer.encode(f"<bos>{row['problem']}{row['solution']}<eos>")
     stream, T, B = torch.tensor(stream), 128, 16
 
     def loss_fn(logprobs, entropy, micro):
         return -logprobs.sum() / (B * T)
 
-    while not trainer.stopping:
+    while True:
         rng = np.random.default_rng([args.seed, 2, trainer.step])
         crops = [stream[i:i + T + 1] for i in rng.integers(0, len(stream) - T - 1, B)]
         rows = [{"tokens": c[:-1].tolist(), "targets": c[1:].tolist()} for c in crops]
         here = trainer.step % round_steps
         trainer.update(rows[RANK::WORLD], loss_fn, schedule(here, round_steps, lr, 75, "linear", decay_from=0.6))
         trainer.log({}, None)
+        if trainer.agreed(trainer.stopping):
+            trainer.save()
+            raise KeyboardInterrupt
         if trainer.step % round_steps == 0:
             read = reads_restatements(model, tokenizer, [args.seed, 3])
-            print(f"base: step {trainer.step}, reads {read:.3f} of restated operands")
-            if read >= 0.95 or trainer.step == rounds * round_steps:
+            print(f"base: step {trainer.step}, reads {read:.3f} of restated operands and boxes", flush=True)
+            if read >= 0.98 or trainer.step == rounds * round_steps:
                 break
-    trainer.save(final=not trainer.stopping)
+    trainer.save(final=True)
     return folder
 
 
@@ -647,7 +675,7 @@ def add_settings(parser, table):
     parser.add_argument("--nope-full", action="store_true", help="those layers without RoPE: an experiment")
 
 
-MAY_BE_ZERO = ("steps", "hours", "warmup", "temperature")
+MAY_BE_ZERO = ("steps", "hours", "warmup", "temperature", "seed", "min_informative", "overlong_buffer", "tis_cap")
 
 
 def settle(args, table, **given):
@@ -657,9 +685,10 @@ def settle(args, table, **given):
     for name, row in table.items():
         if getattr(args, name) is None:
             setattr(args, name, row[column])
-        value = getattr(args, name)
-        if isinstance(value, (int, float)) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number above 0")
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
+            least = "of at least 0" if name in MAY_BE_ZERO else "above 0"
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number {least}")
     if args.model == "tiny":
         torch.set_num_threads(1)  # tiny matrices gain nothing from more, and both arms want a core
     return args
@@ -677,14 +706,14 @@ def stage_folder(args, stage, window=None):
 
 
 @torch.no_grad()
-def held_out_loss(trainer, rows):
-    """Mean -log p of the response tokens, nats a token."""
-    total = count = 0.0
-    for m in pack(rows, trainer.micro_tokens, trainer.device):
-        with trainer.amp:
-            logprobs, _ = trainer.model(m["tokens"], m["cu_seqlens"], m["targets"])
+def held_out_loss(model, rows, device, micro_tokens):
+    """Mean -log p of the response tokens, nats a token; nan without rows."""
+    total, count = 0.0, 0
+    for m in pack(rows, micro_tokens, device):
+        with compute_type(device):
+            logprobs, _ = model(m["tokens"], m["cu_seqlens"], m["targets"])
         total, count = total - logprobs.sum().item(), count + (m["targets"] >= 0).sum().item()
-    return total / count
+    return total / count if count else float("nan")
 
 
 def sft_rows(args, tokenizer):
@@ -752,26 +781,20 @@ def convert(args):
     base = pretrain_tiny(args) if args.model == "tiny" else args.model
     names = [*SETTINGS, "seed", "window_from", "full_layers", "nope_full"]
     settings = {k: getattr(args, k) for k in names if k not in ("save_every", "micro_tokens")} | {"stage": "sft"}
-    model = Transformer.from_pretrained(base, window=as_window(args.window), full_layers=args.full_layers or (),
-                                        device=device, dtype=torch.float32)
-    model.config.nope_full = args.nope_full
+    window = as_window(args.window)
+    model = Transformer.from_pretrained(base, None, (), device, torch.float32)
     train, held = sft_rows(args, Tokenizer(model.tokenizer_files))
+    teacher = held_out_loss(model, held, device, args.micro_tokens)  # SA, before a resume changes the weights
+    model.config = replace(model.config, window=window, full_layers=tuple(args.full_layers or ()),
+                           nope_full=args.nope_full)
     trainer = Trainer(model, folder, settings, device, micro_tokens=args.micro_tokens, wandb=args.wandb)
     if trainer.done(args.steps):
         return folder
-
-    def losses():
-        student = held_out_loss(trainer, held)
-        return {"held_out": student, "gap_to_teacher": student - teacher}
-
-    window, model.config.window = as_window(args.window), None
-    teacher = held_out_loss(trainer, held) if held else float("nan")
-    model.config.window = window
     if held and trainer.step == 0:
-        print(f"held-out loss: SA before training {teacher:.3f}, window {args.window} before training "
-              f"{held_out_loss(trainer, held):.3f} nats a token", flush=True)
+        student = held_out_loss(model, held, device, args.micro_tokens)
+        print(f"held-out loss before training: SA {teacher:.3f}, window {args.window} {student:.3f} nats a token", flush=True)
     spoke = time.time()
-    while trainer.step < args.steps and not trainer.stopping:
+    while trainer.step < args.steps:
         step, began = trainer.step, time.time()
         if args.window_from:  # shrink geometrically over the first half, then stay
             share = min(1.0, 2 * (step + 1) / args.steps)
@@ -793,16 +816,20 @@ def convert(args):
                   "seconds": seconds}
         last = step + 1 == args.steps
         if held and ((step + 1) % args.eval_every == 0 or last):
-            record |= losses()
+            loss_now = held_out_loss(trainer.model, held, device, args.micro_tokens)
+            record |= {"held_out": loss_now, "gap_to_teacher": loss_now - teacher}
         shown = f" | held-out {record['held_out']:.3f} (SA {teacher:.3f})" if "held_out" in record else ""
         quiet = not (shown or time.time() - spoke > 5)
         spoke = spoke if quiet else time.time()
         trainer.log(record, f"sft w={args.window} step {step + 1}/{args.steps} | loss {loss:.3f}{shown} | norm {norm or float('nan'):.2f} "
                             f"| lr {lr:.1e} | {tok_per_s:,.0f} tok/s" * (not quiet))
-        if (step + 1) % args.save_every == 0 or last or trainer.stopping:
+        stop = trainer.agreed(trainer.stopping)
+        if stop or last or trainer.step % args.save_every == 0:
             trainer.save(final=last)
-    if trainer.stopping:
-        raise KeyboardInterrupt
+        if stop and not last:
+            raise KeyboardInterrupt
+    if not trainer.done(args.steps):  # --steps 0: the window is set, nothing is trained
+        trainer.save(final=True)
     return folder
 
 

@@ -327,7 +327,8 @@ def recipe(args, seed, variant=None, start=None, rows=None, **changes):
     stage = rl.parser().parse_args(["--model", args.model[0], *args.rest])
     stage.sft_data_given = bool(rows) or stage.sft_data is not None
     given = {name: getattr(args, name) for name in ("device", "slots", "window", "max_new_tokens") if getattr(args, name)}
-    stage = settle(stage, rl.SETTINGS, seed=seed, out=str(Path(args.out) / (f"seed{seed}" if seed else "")), **given | changes)
+    out = str(Path(args.out) / (f"seed{seed}" if seed else ""))
+    stage = settle(stage, rl.SETTINGS, **{"seed": seed, "out": out} | given | changes)
     if variant:
         home = stage_folder(stage, "sft").parent
         stage.out = str(home / "analysis" / "runs" / variant)
@@ -616,7 +617,7 @@ def analyse(args):
     if args.model[0] == "tiny" and name != "reach":
         run_all(pretrain_tiny, [(recipe(args, seed),) for seed in args.seeds], args.workers)
     rows, pictures = ANALYSES[name](args)
-    folder = stage_folder(recipe(args, 0, out=args.out), "sft").parent / "analysis"
+    folder = stage_folder(recipe(args, 0), "sft").parent / "analysis"
     note = f"Seeds {', '.join(map(str, args.seeds))}; mean [95 % bootstrap interval over seeds, problems and repeats] n = problems."
     write_report(folder, name, f"{ANALYSES[name].__doc__.split(chr(10))[0]}. {note}", rows, pictures, args,
                  {"minutes": round((time.time() - began) / 60, 1)})
@@ -631,7 +632,9 @@ def shown(value):
     if isinstance(value, dict):
         digits = 3 if abs(value["mean"]) < 10 else 1
         return f"{value['mean']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    return str(value)
 
 
 def write_report(folder, name, title, rows, pictures, args, more):
@@ -798,7 +801,8 @@ def compare(args, found):
             difference, low, high, p = paired_bootstrap(first, scores_of(found[label, name]))
             row = {"benchmark": Path(name).stem, "model": label, **measure(found[label, name])}
             if len(models) > 1:
-                row |= {"difference": {"mean": difference, "low": low, "high": high, "n": row["n"]}, "p": p}
+                difference = {"mean": difference, "low": low, "high": high, "n": row["n"]}
+                row |= {"difference": difference, "p": p} if label != models[0] else {"difference": "", "p": ""}
             rows.append(row)
     full = [dict(row) for row in rows]
     for row in rows:
@@ -824,7 +828,8 @@ def main():
     args, rest = parser().parse_known_args()
     args.rest = rest
     check(args)
-    print("settings:", json.dumps(vars(args)), file=sys.stderr if args.prompt else sys.stdout, flush=True)
+    if args.analysis or args.benchmarks:
+        print("settings:", json.dumps(vars(args)), flush=True)
     if args.analysis:
         analyse(args)
     elif args.benchmarks:

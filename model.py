@@ -23,7 +23,6 @@ import unicodedata
 from dataclasses import dataclass, field, fields
 from datetime import datetime
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 
 import regex  # comes with tiktoken
@@ -228,7 +227,6 @@ class Attention(nn.Module):
                         config.num_key_value_heads)
         bias = config.model_type == "qwen2"
         self.layer, self.D = layer, D
-        self.rotary = not (config.nope_full and layer in config.full_layers)
         self.q_proj = nn.Linear(C, H * D, bias=bias)
         self.k_proj = nn.Linear(C, Hkv * D, bias=bias)
         self.v_proj = nn.Linear(C, Hkv * D, bias=bias)
@@ -242,7 +240,7 @@ class Attention(nn.Module):
         q, k, v = (p(x).view(B, T, -1, self.D) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        if self.rotary:  # before the key is cached: a ring slot then never needs its position again
+        if rope is not None:  # before the key is cached: a ring slot then never needs its position
             q, k = rotate(q, rope), rotate(k, rope)
         o = attend(self.layer, q, k, v)  # (B, T, H, D)
         return self.o_proj(o.reshape(B, T, -1))
@@ -311,11 +309,13 @@ class Transformer(nn.Module):
         cos, sin = angle.cos(), angle.sin()
         rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         rope = [t.to(x.dtype)[:, :, None] for t in rope]  # (B or 1, T, 1, D)
-        for block in self.model.layers:
+        no_position = self.config.full_layers if self.config.nope_full else ()
+        for i, block in enumerate(self.model.layers):
+            inputs = x, None if i in no_position else rope, attend
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, attend, use_reentrant=False)
+                x = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x = block(x, rope, attend)
+                x = block(*inputs)
         return self.model.norm(x)
 
     def forward(self, tokens, cu_seqlens=None, targets=None, temperature=1.0):
@@ -828,21 +828,93 @@ def choose_slots(model, n, length):
     return max(1, min(n, 1024, int(0.5 * free / RingCache.bytes_per_slot(model.config, length, model.dtype))))
 
 
-class Batch:
-    """The running sequences on the device, row i in cache slot i; the tensors never move, so that a
-    captured CUDA graph finds them again. A dead row computes along but changes nothing."""
+class Decoder:
+    """The running sequences: row i of every tensor, and slot i of the cache, belong to one of them.
 
-    def __init__(self, slots, max_new_tokens, device):
+    The tensors never move, so that a captured CUDA graph finds them again. A row whose sequence has ended
+    computes along but changes nothing. Everything here is on the device; nothing waits for the host.
+    """
+
+    def __init__(self, model, slots, length, max_new_tokens, temperature=1.0, stop_ids=(), **sampling):
+        device = model.device
         integers = {"device": device, "dtype": torch.long}
-        self.token, self.position, self.step = (torch.zeros(slots, **integers) for _ in range(3))
-        self.alive = torch.zeros(slots, device=device, dtype=torch.bool)
-        self.uniform = torch.zeros(slots, max_new_tokens + 1, device=device)
-        self.tokens = torch.zeros(slots, max_new_tokens + 1, **integers)
-        self.logprobs = torch.zeros(slots, max_new_tokens + 1, device=device)
+        self.model, self.temperature, self.sampling = model, temperature, sampling
+        self.max_new_tokens, self.graphs = max_new_tokens, {}
+        self.cache = RingCache(model.config, slots, length, device, model.dtype)
+        self.stops = torch.tensor(sorted(stop_ids) or [-1], device=device)
+        self.rows = {
+            "token": torch.zeros(slots, **integers),  # the next input
+            "position": torch.zeros(slots, **integers),  # its position
+            "made": torch.zeros(slots, **integers),  # tokens sampled so far
+            "alive": torch.zeros(slots, device=device, dtype=torch.bool),
+            "uniform": torch.zeros(slots, max_new_tokens + 1, device=device),  # a random number a token
+            "tokens": torch.zeros(slots, max_new_tokens + 1, **integers),
+            "logprobs": torch.zeros(slots, max_new_tokens + 1, device=device),
+        }
 
-    def copy(self, source, target):
-        for tensor in vars(self).values():
-            tensor[target] = tensor[source]
+    def admit(self, prompts, seeds):
+        """prompts, seeds: {row: prompt}, {row: seed}. Fills the cache with all but each last token: that
+        one is the first step's input, so that a single place samples."""
+        for row, prompt in prompts.items():
+            self.rows["token"][row], self.rows["position"][row] = prompt[-1], len(prompt) - 1
+            uniform = torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(seeds[row]))
+            self.rows["uniform"][row, :-1] = uniform
+        rows = torch.tensor(list(prompts), device=self.model.device)
+        self.rows["made"][rows], self.rows["alive"][rows] = 0, True
+        sharing = {}  # equal prompts share one prefill
+        for row, prompt in prompts.items():
+            sharing.setdefault(tuple(prompt[:-1]), []).append(row)
+        packed = []  # whole prompts go together up to PREFILL_TOKENS, a longer one alone in chunks
+        for prompt in [p for p in sharing if p]:
+            if packed and sum(map(len, packed)) + len(prompt) > PREFILL_TOKENS:
+                self.prefill(packed, sharing)
+                packed = []
+            packed.append(prompt)
+        if packed:
+            self.prefill(packed, sharing)
+
+    def prefill(self, prompts, sharing):
+        tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.model.device)[None]
+        for start in range(0, tokens.shape[1], PREFILL_TOKENS):
+            chunk = tokens[:, start:start + PREFILL_TOKENS]
+            lengths = [len(p) for p in prompts] if len(prompts) > 1 else [chunk.shape[1]]
+            attend, position = self.cache.prefill([sharing[p][0] for p in prompts], lengths, start)
+            self.model.hidden(chunk, position, attend)
+        for prompt in prompts:
+            first, *others = sharing[prompt]
+            if others:
+                self.cache.copy(first, others)
+
+    def move(self, row, hole):
+        """A running row takes the place of one that has ended."""
+        for tensor in self.rows.values():
+            tensor[hole] = tensor[row]
+        self.cache.copy(row, [hole])
+        self.rows["alive"][row] = False
+
+    def step(self, n):
+        """Rows 0 to n - 1 each take in one token and sample the next."""
+        token, position, made, alive, uniform, tokens, logprobs = (t[:n] for t in self.rows.values())
+        x = self.model.hidden(token[:, None], position[:, None], self.cache.decode(position))
+        at = made[:, None]
+        new, logp = sample(self.model.lm_head(x[:, 0]), uniform.gather(1, at)[:, 0], self.temperature, **self.sampling)
+        tokens.scatter_(1, at, new[:, None])
+        logprobs.scatter_(1, at, logp[:, None].float())
+        token.copy_(new)
+        position += alive
+        made += alive
+        alive &= (new[:, None] != self.stops).all(-1) & (made < self.max_new_tokens)
+
+    def replay(self, n):
+        """step(n) as a CUDA graph: the first step of a size runs as it is and is its warm-up."""
+        if n in self.graphs:
+            return self.graphs[n].replay()
+        self.step(n)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.graphs[n] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[n]):
+                self.step(n)
 
 
 @torch.no_grad()
@@ -852,108 +924,53 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), slots
 
     Continuous batching: `slots` sequences run at a time (None: what half of the free memory holds, at
     most 1024), the next prompt enters as soon as one ends, and equal prompts that enter together share
-    one prefill. temperature 0 is greedy. seed: an int (prompt i then uses seed + i) or one int a prompt; an answer
-    depends on its own seed only, exactly in exact arithmetic (batched floating-point matrix products
-    may round differently). top_k, top_p are for evaluation: they bias RL's ratios. progress: a label for
-    a line every ten seconds; stream(i, tokens): called with prompt i's new tokens as they come.
+    one prefill. temperature 0 is greedy. seed: an int (prompt i then uses seed + i) or one a prompt; an
+    answer depends on its own seed only, exactly so in exact arithmetic (matrix products of another batch
+    size may round differently). top_k and top_p are for evaluation: they bias RL's ratios. progress: a
+    label for a line every ten seconds; stream(i, tokens): called with prompt i's new tokens as they come.
     """
     if not prompts or max_new_tokens == 0:
         return [Rollout(list(p), [], [], False) for p in prompts]
-    length = max(map(len, prompts)) + max_new_tokens
+    longest = max(map(len, prompts))
     if min(map(len, prompts)) == 0:
         raise UsageError("a prompt is empty: give at least one token")
-    if length > model.config.max_position_embeddings:
-        raise UsageError(f"a prompt of {length - max_new_tokens} tokens and {max_new_tokens} new ones exceed the "
-                         f"model's {model.config.max_position_embeddings} positions: lower --max-new-tokens")
+    if longest + max_new_tokens > model.config.max_position_embeddings:
+        raise UsageError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
+                         f"{model.config.max_position_embeddings} positions: lower --max-new-tokens")
     if seed is None:
         seed = int(torch.randint(2**31, ()))
     seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(prompts))]
-    slots = min(slots or choose_slots(model, len(prompts), length), len(prompts))
-    device, on_gpu = model.device, model.device.type == "cuda"
-    cache = RingCache(model.config, slots, length, device, model.dtype)
-    batch = Batch(slots, max_new_tokens, device)
-    stops = torch.tensor(sorted(stop_ids) or [-1], device=device)
-    graphs = {}
-
-    def step(n):
-        """Rows 0 to n - 1 each take in one token and sample the next."""
-        token, position, at, alive = (t[:n] for t in (batch.token, batch.position, batch.step, batch.alive))
-        x = model.hidden(token[:, None], position[:, None], cache.decode(position))
-        new, logp = sample(model.lm_head(x[:, 0]), batch.uniform[:n].gather(1, at[:, None])[:, 0],
-                           temperature, top_k, top_p, n_ids)
-        batch.tokens[:n].scatter_(1, at[:, None], new[:, None])
-        batch.logprobs[:n].scatter_(1, at[:, None], logp[:, None].float())
-        token.copy_(new)
-        position += alive
-        at += alive
-        alive &= (new[:, None] != stops).all(-1) & (at < max_new_tokens)
-
-    def replay(n):
-        """step(n) through a CUDA graph: a bucket's first step runs as it is, which is its warm-up."""
-        if not on_gpu:
-            return step(n)
-        if n in graphs:
-            return graphs[n].replay()
-        step(n)
-        torch.cuda.synchronize()
-        graphs[n] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[n]):
-            step(n)
-
-    def admit(entering):
-        """entering: {row: prompt index}. The last prompt token is left to the first decode step."""
-        for row, i in entering.items():
-            batch.token[row], batch.position[row] = prompts[i][-1], len(prompts[i]) - 1
-            generator = torch.Generator().manual_seed(seeds[i])
-            batch.uniform[row, :max_new_tokens] = torch.rand(max_new_tokens, generator=generator).to(device)
-        rows = torch.tensor(list(entering), device=device)
-        batch.step[rows], batch.alive[rows] = 0, True
-        by_prompt = groupby(sorted(entering, key=lambda r: prompts[entering[r]]), lambda r: prompts[entering[r]])
-        shared = [(prompt[:-1], list(rows)) for prompt, rows in by_prompt if len(prompt) > 1]
-        while shared:  # whole prompts up to PREFILL_TOKENS go packed, a longer one alone in chunks
-            n, total = 1, len(shared[0][0])
-            while n < len(shared) and total + len(shared[n][0]) <= PREFILL_TOKENS:
-                n, total = n + 1, total + len(shared[n][0])
-            packed = torch.tensor([t for p, _ in shared[:n] for t in p], device=device)[None]
-            for start in range(0, total, PREFILL_TOKENS):
-                part = packed[:, start:start + PREFILL_TOKENS]
-                lengths = [part.shape[1]] if n == 1 else [len(p) for p, _ in shared[:n]]
-                attend, positions = cache.prefill([rows[0] for _, rows in shared[:n]], lengths, start)
-                model.hidden(part, positions, attend)
-            for _, rows in shared[:n]:
-                cache.copy(rows[0], rows[1:]) if rows[1:] else None
-            shared = shared[n:]
-
-    waiting, owner, done = list(range(len(prompts)))[::-1], {}, {}
-    sent, began, shown, made = {}, time.time(), time.time(), 0
+    slots = min(slots or choose_slots(model, len(prompts), longest + max_new_tokens), len(prompts))
+    decoder = Decoder(model, slots, longest + max_new_tokens, max_new_tokens, temperature, stop_ids,
+                      top_k=top_k, top_p=top_p, n_ids=n_ids)
+    rows, on_gpu = decoder.rows, model.device.type == "cuda"
+    waiting, owner, done = list(range(len(prompts)))[::-1], {}, {}  # owner: row -> prompt index
+    streamed, finished_tokens, began = {}, 0, time.time()
+    shown = began
     while waiting or owner:
-        free = [row for row in range(slots) if row not in owner][:len(waiting)]
-        if free:
-            entering = {row: waiting.pop() for row in free}
+        entering = {row: waiting.pop() for row in range(slots) if row not in owner and waiting}
+        if entering:
             owner |= entering
-            admit(entering)
-        holes = [row for row in range(len(owner)) if row not in owner]  # only when nobody waits any more:
-        for hole, row in zip(holes, [row for row in owner if row >= len(owner)]):
-            batch.copy(row, hole)  # the last rows move into the holes, so that the batch shrinks
-            cache.copy(row, hole)
-            batch.alive[row] = False
-            owner[hole] = owner.pop(row)
+            decoder.admit({r: prompts[i] for r, i in entering.items()}, {r: seeds[i] for r, i in entering.items()})
         running = len(owner)
-        n = min(slots, 1 << (running - 1).bit_length()) if on_gpu else running  # graphs come in powers of two
+        holes = [row for row in range(running) if row not in owner]  # only when nobody waits any more:
+        for hole, row in zip(holes, [row for row in owner if row >= running]):
+            decoder.move(row, hole)  # the last rows move up, so that the batch shrinks
+            owner[hole] = owner.pop(row)
+        n = min(slots, 1 << (running - 1).bit_length()) if on_gpu else running  # few graphs: powers of two
         for _ in range(8 if on_gpu else 1):  # a GPU is asked only every eighth step who has ended
-            replay(n)
-        alive, steps = batch.alive[:running].tolist(), batch.step[:running].tolist()
-        if stream:
-            for row, i in owner.items():
-                stream(i, batch.tokens[row, sent.get(i, 0):steps[row]].tolist())
-                sent[i] = steps[row]
-        for row in [row for row in range(running) if not alive[row]]:
-            i, tokens = owner.pop(row), batch.tokens[row, :steps[row]].tolist()
-            logprobs = batch.logprobs[row, :steps[row]].tolist()
-            done[i] = Rollout(list(prompts[i]), tokens, logprobs, tokens[-1] in stop_ids)
-            made += len(tokens)
+            decoder.replay(n)
+        alive, made = rows["alive"][:running].tolist(), rows["made"][:running].tolist()
+        for row, i in list(owner.items()):
+            if stream:
+                stream(i, rows["tokens"][row, streamed.get(i, 0):made[row]].tolist())
+                streamed[i] = made[row]
+            if not alive[row]:
+                tokens, logprobs = (rows[k][row, :made[row]].tolist() for k in ("tokens", "logprobs"))
+                done[owner.pop(row)] = Rollout(list(prompts[i]), tokens, logprobs, tokens[-1] in stop_ids)
+                finished_tokens += len(tokens)
         if progress and time.time() - shown > 10:
-            shown, total = time.time(), made + sum(steps[row] for row in owner if row < len(steps))
-            print(f"  {progress} {len(done)}/{len(prompts)} | {total / (shown - began):,.0f} tok/s | {len(owner)}/"
-                  f"{slots} slots busy | mean length {made / max(len(done), 1):.0f}", flush=True)
+            shown, total = time.time(), finished_tokens + sum(made[row] for row in owner)
+            print(f"  {progress} {len(done)}/{len(prompts)} | {total / (shown - began):,.0f} tok/s | {len(owner)}/{slots} "
+                  f"slots busy | mean length so far {total / (len(done) + len(owner)):.0f}", flush=True)
     return [done[i] for i in range(len(prompts))]

@@ -13,9 +13,11 @@ Left out on purpose: a reference model and KL, a value model, reward models, asy
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -205,7 +207,7 @@ def train_rl(args, start):
         penalties = [overlong_penalty(len(e.tokens), args.max_new_tokens, args.overlong_buffer) for e in episodes]
         return episodes, torch.tensor([e.reward + p for e, p in zip(episodes, penalties)]).view(-1, G)
 
-    while trainer.step < args.steps and not out_of_time() and not trainer.stopping:
+    while not trainer.done(args.steps) and not trainer.agreed(out_of_time()):
         # roll out
         step, began = trainer.step, time.time()
         refresh(sampler, trainer.model)
@@ -260,11 +262,13 @@ def train_rl(args, start):
                 for e in (episodes[0], episodes[-1]):
                     f.write(f"--- step {step + 1} | reward {e.reward:g} | {e.verdict} | {len(e.tokens)} tokens\n"
                             f"{tokenizer.decode(e.prompt)}\n>>> {e.text}\n")
-        last = trainer.step >= args.steps or out_of_time()
-        if last or trainer.stopping or trainer.step % args.save_every == 0:
+        last, stop = trainer.step >= args.steps or trainer.agreed(out_of_time()), trainer.agreed(trainer.stopping)
+        if last or stop or trainer.step % args.save_every == 0:
             trainer.save(final=last)
-    if trainer.stopping:
-        raise KeyboardInterrupt
+        if stop and not last:
+            raise KeyboardInterrupt
+        if last:
+            break
     return folder
 
 
@@ -272,14 +276,36 @@ def train_rl(args, start):
 # validation, and the whole recipe
 
 
-def bootstrap_ci(scores, level=0.95, seed=0, n=2000):
-    """scores (problems, repeats) -> (mean, low, high): percentile bootstrap that resamples problems and,
-    within each, repeats (the paper's intervals are over 8 to 32 repeats of a benchmark)."""
-    scores, rng = np.asarray(scores, float), np.random.default_rng(seed)
+def resample(scores, n=2000, seed=0, stream=0):
+    """scores (P problems, R repeats) -> n bootstrap means: problems drawn by seed, repeats by (seed, stream).
+
+    Two models with one seed and different streams thus draw the same problems: a paired bootstrap.
+    """
+    scores = np.asarray(scores, float)
     P, R = scores.shape
-    means = [scores[rng.integers(P, size=(P, 1)), rng.integers(R, size=(P, R))].mean() for _ in range(n)]
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(scores.mean()), float(low), float(high)
+    problem = np.random.default_rng([seed, 0]).integers(P, size=(n, P))
+    repeats = np.random.default_rng([seed, 1, stream])
+    return sum(scores[problem, repeats.integers(R, size=(n, P))].mean(1) for _ in range(R)) / R
+
+
+def interval(draws, level=0.95):
+    return [float(x) for x in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])]
+
+
+def bootstrap_ci(scores, level=0.95, seed=0):
+    """scores (problems, repeats) -> (mean, low, high): percentile bootstrap over problems and, within each,
+    repeats (the paper's intervals are over 8 to 32 repeats of a benchmark)."""
+    return float(np.mean(scores)), *interval(resample(scores, seed=seed), level)
+
+
+def validation_problems(args):
+    """Held-out problems: the same before and after RL and for every arm."""
+    if args.data == "tiny":
+        return tiny_problems(args.validate, [args.seed, 10], test=True)
+    problems = [p for p in load_problems(args.data) if held_out(p["problem"], HELD_OUT)][:args.validate]
+    if not problems:
+        raise UsageError(f"--data {args.data} is too small to hold out problems for validation: give more problems")
+    return problems
 
 
 def validate(folder, args):
@@ -292,11 +318,7 @@ def validate(folder, args):
             return found
     model = Transformer.from_pretrained(folder, device=pick_device(args.device))
     tokenizer, found = Tokenizer(model.tokenizer_files), {"of": of}
-    problems = tiny_problems(args.validate, [args.seed, 10], test=True) if args.data == "tiny" else \
-        [p for p in load_problems(args.data) if held_out(p["problem"], HELD_OUT)][:args.validate]
-    if not problems:
-        raise UsageError(f"--data {args.data} is too small to hold out problems for validation: give more problems")
-    questions = [(as_prompt(tokenizer, p["problem"], args.instruction), p["answer"]) for p in problems]
+    questions = [(as_prompt(tokenizer, p["problem"], args.instruction), p["answer"]) for p in validation_problems(args)]
     for name, temperature in (("greedy", 0.0), ("T=1", 1.0)):
         episodes = roll_out(model, tokenizer, questions, 10**6 + args.seed, args, temperature, f"validate {name}:")
         found[name] = {"scores": [[int(e.reward)] for e in episodes],
@@ -322,8 +344,11 @@ def run_arm(args):
 def tiny_recipe(args):
     """Both arms, SA (window full) and SWA, side by side in a process each; then the table and the picture."""
     began = time.time()
+    if WORLD > 1:
+        raise UsageError("--model tiny compares two arms in a process each: start it without torchrun, or with --window full")
     convert_sft.pretrain_tiny(args)
-    sa = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--window", "full"])
+    sa = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--window", "full"], stdin=subprocess.PIPE,
+                          env={**os.environ, "NANOSWARR_ARM": "SA"})
     try:
         swa = run_arm(args)
     finally:
@@ -394,6 +419,8 @@ def main():
     args.sft_data_given = args.sft_data is not None
     both = args.model == "tiny" and args.window != "full"
     args = settle(args, SETTINGS)
+    if "NANOSWARR_ARM" in os.environ:  # started by tiny_recipe: ends with it, however that ends
+        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
     if args.plan:
         length = args.max_new_tokens + 1024
         return print_plan(args, length, args.slots or args.prompts * args.group, length)

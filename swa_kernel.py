@@ -390,8 +390,8 @@ def _combine(part, part_lse, o, n_splits, D: tl.constexpr, BD: tl.constexpr, BS:
 # ------------------------------------------------------------------------------------ launches
 
 # (BM, BN, warps, stages) by padded head dimension; more shared memory only on sm_90 and sm_100.
-# Chosen so that next to nothing spills inside a loop (tests/aot_compile.py), not yet by a clock. The
-# grid to tune over on a GPU: BM and BN in (64, 128), 4 or 8 warps, 1 to 3 stages.
+# Chosen so that hardly anything spills inside a loop (tests/aot_compile.py), not yet by a clock. To
+# tune on a GPU, the grid: BM and BN in (64, 128), 4 or 8 warps, 1 to 3 stages.
 TILES = {  # forward, dQ, dK and dV
     (32, "sm_80"): ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
     (64, "sm_80"): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 import swa_kernel as swa
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+TRAINING = ("_forward", "_backward_q", "_backward_kv")
 TYPES = {"position": "*i64", "cu_seqlens": "*i32", "scale": "fp32"} | dict.fromkeys(
     ("lse", "delta", "part", "part_lse"), "*fp32") | dict.fromkeys(
     ("N", "T", "S", "W", "G", "n_blocks", "n_splits"), "i32")
@@ -43,7 +44,7 @@ def loop_spills(sass):
 
 
 def build(name, dtype, sm, constants, warps, stages):
-    """One kernel with 16-byte aligned pointers and strides, as they are in practice; its figures."""
+    """One kernel, its pointers and strides aligned to 16 bytes as they are in practice: figures."""
     fn = getattr(swa, name)
     signature, fixed, attrs = {}, {}, {}
     for i, arg in enumerate(fn.arg_names):
@@ -70,7 +71,7 @@ def build(name, dtype, sm, constants, warps, stages):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--sm", type=int, nargs="+", default=[80, 89, 90, 100], help="architectures")
+    parser.add_argument("--sm", type=int, nargs="+", default=[80, 89, 90, 100], help="targets")
     parser.add_argument("--dims", type=int, nargs="+", default=[32, 64, 96, 128], help="head sizes")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], help="bf16, fp16, fp32")
     parser.add_argument("--packed", action="store_true", help="the variant for cu_seqlens")
@@ -81,7 +82,7 @@ def main():
                 BD, packed = swa._pad(D), {"PACKED": args.packed} | ({} if args.packed else
                                                                      {"cu_seqlens": None})
                 tiles = swa.TILES[BD, "sm_90" if sm in (90, 100) else "sm_80"]
-                for name, tile in zip(("_forward", "_backward_q", "_backward_kv"), tiles):
+                for name, tile in zip(TRAINING, tiles, strict=True):
                     BM, BN, warps, stages = swa.FP32_TILE if dtype == "fp32" else tile
                     constants = packed | {"D": D, "BD": BD, "BM": BM, "BN": BN}
                     print(json.dumps(build(name, dtype, sm, constants, warps, stages)), flush=True)

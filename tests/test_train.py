@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from model import Tokenizer, Transformer, UsageError, read_weights
 from rl import group_advantages, grpo_loss, overlong_penalty
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +98,7 @@ def grpo_rows(n=6):
 def trainer_of(folder, rows=(), micro_tokens=16384, loss_fn=None, **options):
     """A tiny run in fp64, after one update on the rows with learning rate 0."""
     options = {"settings": {}, "grad_clip": 1e9} | options
-    trainer = Trainer(tiny_base(0), folder, device=torch.device("cpu"), micro_tokens=micro_tokens, **options)
+    trainer = Trainer(tiny_base(0), folder, device=CPU, micro_tokens=micro_tokens, **options)
     trainer.model.double()
     n_tokens = sum(sum(row["mask"]) for row in rows)
     if rows:
@@ -323,8 +325,8 @@ def test_a_gradient_that_is_not_finite_is_skipped(tmp_path, capsys):
 
 # ------------------------------------------------------------------------------------------- runs
 
-SFT = "--window 24 --steps 4 --batch 5 --eval-every 2 --save-every 1 --micro-tokens 200 --held-out 20"
-RL = ("--window 24 --steps 4 --sft-steps 2 --prompts 3 --group 4 --max-new-tokens 40 --validate 3 "
+SFT = "--window 24 --steps 4 --batch 5 --eval-every 2 --save-every 1 --micro-tokens 200 --held-out 9"
+RL = ("--window 24 --steps {} --sft-steps 2 --prompts 3 --group 4 --max-new-tokens 40 --validate 3 "
       "--micro-tokens 200")
 WORKER = f"""
 import sys
@@ -333,19 +335,15 @@ import convert_sft, rl
 from model import cli
 
 
-def odd(texts, golds):
-    # a reward on which an untrained model's answers disagree
+def odd(texts, golds):  # a reward on which an untrained model's answers disagree
     return ["correct" if len(text) % 2 else "wrong" for text in texts]
 
 
-def run(stage, flags):
-    # one arm in one process, whereas rl.py runs both arms of the tiny task
+def run(stage, flags):  # one arm in one process, whereas rl.py runs both arms of the tiny task
     script = {{"sft": convert_sft, "rl": rl}}[stage]
     args = convert_sft.settle(script.parser().parse_args(flags), script.SETTINGS)
-    if stage == "sft":
-        return convert_sft.convert(args)
     rl.grade_batch, args.sft_data_given = odd, False
-    rl.run_arm(args)
+    return convert_sft.convert(args) if stage == "sft" else rl.run_arm(args)
 
 
 if __name__ == "__main__":
@@ -353,25 +351,27 @@ if __name__ == "__main__":
 """
 
 
-def flags(tmp_path, out, text):
-    """The command's flags; an untrained base stands where pretraining would have put its own."""
-    if not (tmp_path / out).exists():
-        base = Trainer(tiny_base(0), tmp_path / out / "tiny" / "base-wfull", {"seed": 0, "stage": "base"},
-                       torch.device("cpu"))
-        base.log({})
-        base.save(final=True)
-    return f"--model tiny --device cpu --out {tmp_path / out} {text}".split()
+def untrained(out):
+    """out, with an untrained model in the place of a pretrained tiny base."""
+    base = Trainer(tiny_base(0), out / "tiny" / "base-wfull", {"seed": 0, "stage": "base"}, CPU)
+    base.log({})
+    base.save(final=True)
+    return out
+
+
+def flags(out, text):
+    return f"--model tiny --device cpu --out {out} {text}".split()
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(monkeypatch):
     """run(stage, out, flags): a stage in this process -> its folder."""
     monkeypatch.setattr(rl, "grade_batch", rl.grade_batch)  # put back afterwards
     exec(WORKER, names := {"__name__": "worker"})
 
     def run(stage, out, text):
-        names["run"](stage, flags(tmp_path, out, text))
-        return tmp_path / out / "tiny" / f"{stage}-w24"
+        names["run"](stage, flags(out, text))
+        return next((out / "tiny").glob(f"{stage}-w*"))
 
     run.names = names
     return run
@@ -382,6 +382,23 @@ def worker(tmp_path):
     """worker(*launcher): the command that does what `run` does in a process of its own."""
     (tmp_path / "worker.py").write_text(WORKER)
     return lambda *launcher: [sys.executable, *launcher, str(tmp_path / "worker.py")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An out folder with both stages done: 4 RL steps."""
+    out = untrained(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl, "grade_batch", rl.grade_batch)
+        exec(WORKER, names := {"__name__": "worker"})
+        names["run"]("rl", flags(out, RL.format(4)))
+    return out
+
+
+@pytest.fixture
+def after_sft(finished, tmp_path):
+    """A copy of that folder without the RL run."""
+    return Path(shutil.copytree(finished, tmp_path / "out", ignore=shutil.ignore_patterns("rl-*")))
 
 
 def logged(folder):
@@ -395,74 +412,121 @@ def difference(a, b):
     return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
-@pytest.mark.parametrize("stage, text", [("sft", SFT), ("rl", RL)])
-def test_a_resumed_run_repeats_an_undisturbed_one(run, monkeypatch, stage, text):
-    class Stopped(Exception):
-        pass
+class Stopped(Exception):
+    pass
 
+
+@pytest.fixture
+def stop_at_2(monkeypatch):
+    """Runs stop after their second step's checkpoint; .undo() lets them go on."""
     def save_and_stop(self, final=False):
         save(self, final)
-        if self.step == 2 and self.settings["stage"] == stage:
+        if self.step == 2:
             raise Stopped
 
-    whole, save = run(stage, "whole", text), Trainer.save
+    save = Trainer.save
     monkeypatch.setattr(Trainer, "save", save_and_stop)
+    return lambda: monkeypatch.setattr(Trainer, "save", save)
+
+
+def same_run(a, b, asked):
+    """Bitwise the same weights, and the same log but for the clock."""
+    assert difference(a, b) == 0
+    assert [r["step"] for r in logged(a)] == [r["step"] for r in logged(b)] == [1, 2, 3, 4]
+    for r, s in zip(logged(a), logged(b)):
+        assert r.keys() == s.keys() and r.keys() >= set(asked.split())
+        assert {k for k in r if r[k] != s[k]} <= {"elapsed", *(k for k in r if "second" in k or "tok" in k)}
+
+
+def test_a_resumed_sft_repeats_an_undisturbed_one(run, tmp_path, stop_at_2):
     with pytest.raises(Stopped):
-        run(stage, "stopped", text)
-    monkeypatch.setattr(Trainer, "save", save)
-    resumed = run(stage, "stopped", text)
-    assert difference(whole, resumed) == 0
+        run("sft", untrained(tmp_path / "stopped"), SFT)
+    stop_at_2()
+    resumed = run("sft", tmp_path / "stopped", SFT)
+    whole = run("sft", untrained(tmp_path / "whole"), SFT)
+    same_run(whole, resumed, "step loss grad_norm lr window tok_per_s seconds")
     assert difference(whole, whole / "step-000003") > 1e-5
-    assert Transformer.from_pretrained(resumed).config.window == 24
-    for folder in (whole, resumed):
-        assert [r["step"] for r in logged(folder)] == [1, 2, 3, 4]
-    timing = {"seconds", "tok_per_s", "elapsed", "update_tok_per_s", "rollout_seconds", "update_seconds"}
-    asked = "step grad_norm lr tok_per_s seconds " + {
-        "sft": "loss window", "rl": "reward length truncated entropy informative logp_gap"}[stage]
-    for a, b in zip(logged(whole), logged(resumed)):
-        assert {k: v for k, v in a.items() if k not in timing} == {k: v for k, v in b.items() if k not in timing}
-        assert a.keys() >= set(asked.split()) and a.get("logp_gap", 0) < 1e-5
     with pytest.raises(UsageError, match="other settings.*lr"):
-        run(stage, "whole", f"{text} --lr 0.5")
+        run("sft", tmp_path / "whole", f"{SFT} --lr 0.5")
 
 
-def test_groups_that_agree_do_not_train(run, monkeypatch):
-    monkeypatch.setitem(run.names, "odd", lambda texts, golds: ["wrong"] * len(texts))
-    folder = run("rl", "out", RL.replace("--steps 4", "--steps 1"))
-    assert difference(folder, folder.parent / "sft-w24") == 0
-    assert logged(folder)[0]["informative"] == 0
+def test_a_resumed_rl_repeats_an_undisturbed_one(run, finished, after_sft, stop_at_2):
+    with pytest.raises(Stopped):
+        run("rl", after_sft, RL.format(4))
+    stop_at_2()
+    whole, resumed = finished / "tiny" / "rl-w24", run("rl", after_sft, RL.format(4))
+    same_run(whole, resumed, "step reward length truncated entropy grad_norm lr informative logp_gap "
+                             "tok_per_s seconds")
+    assert max(r["logp_gap"] for r in logged(whole)) < 1e-5 < difference(whole, whole / "step-000003")
+    with pytest.raises(UsageError, match="other settings.*group"):
+        run("rl", after_sft, RL.format(4).replace("--group 4", "--group 2"))
 
 
-def test_kill_and_the_same_command_again(run, worker, tmp_path):
-    whole = run("rl", "whole", RL)
-    again = [*worker(), "rl", *flags(tmp_path, "killed", RL)]
-    killed = tmp_path / "killed" / "tiny" / "rl-w24"
-    process = subprocess.Popen(again, stdout=subprocess.DEVNULL)
+def test_kill_and_the_same_command_again(worker, finished, after_sft):
+    command = [*worker(), "rl", *flags(after_sft, RL.format(4))]
+    killed = after_sft / "tiny" / "rl-w24"
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (killed / "step-000001").exists():
         time.sleep(0.002)
     process.kill()
-    assert process.wait() == -signal.SIGKILL and not (killed / "step-000004").exists()
-    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
-    assert difference(whole, killed) == 0
-    assert [r["step"] for r in logged(killed)] == [1, 2, 3, 4]
+    assert process.wait() == -signal.SIGKILL and not (killed / "config.json").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    same_run(finished / "tiny" / "rl-w24", killed, "")
+
+
+def test_groups_that_agree_do_not_train(run, after_sft, monkeypatch):
+    monkeypatch.setitem(run.names, "odd", lambda texts, golds: ["wrong"] * len(texts))
+    folder = run("rl", after_sft, RL.format(1))
+    assert difference(folder, folder.parent / "sft-w24") == 0
+    assert [r["informative"] for r in logged(folder)] == [0]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(run, after_sft, monkeypatch):
+    def full_disk(path, write):
+        if "step.tmp" in str(path) and (after_sft / "tiny" / "rl-w24" / "step-000001").exists():
+            raise OSError(28, "No space left on device")
+        write_file(path, write)
+
+    write_file = convert_sft.write_file
+    monkeypatch.setattr(convert_sft, "write_file", full_disk)
+    with pytest.raises(UsageError, match="No space left on device.*free some space"):
+        run("rl", after_sft, RL.format(4))
+    monkeypatch.setattr(convert_sft, "write_file", write_file)
+    assert [r["step"] for r in logged(run("rl", after_sft, RL.format(3)))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("more", ["", "--full-layers 1", "--full-layers 1 --nope-full",
+                                  "--window-from 60", "--window full"])
+def test_a_folder_is_the_model_that_was_trained(run, tmp_path, more, stop_at_2):
+    """The loss that was logged last is that of the saved model, also after a resume."""
+    text = f"{SFT} --lr 0.01 {more}"
+    with pytest.raises(Stopped):
+        run("sft", untrained(tmp_path), text)
+    stop_at_2()
+    folder = run("sft", tmp_path, text)
+    model = Transformer.from_pretrained(folder)
+    assert model.config.window == (None if "full" == more.split(" ")[-1] else 24)
+    args = convert_sft.settle(convert_sft.parser().parse_args(flags(tmp_path, text)), convert_sft.SETTINGS)
+    _, held = convert_sft.sft_rows(args, Tokenizer(model.tokenizer_files))
+    logp = [model(m["tokens"], m["cu_seqlens"], m["targets"])[0].sum().item() for m in pack(held, 200)]
+    n_tokens = sum(t >= 0 for row in held for t in row["targets"])
+    close(-sum(logp) / n_tokens, logged(folder)[-1]["held_out"])
 
 
 def test_two_ranks_are_one(run, worker, tmp_path):
     """The same global batch on two gloo ranks, whose shares differ in size; then on one rank again."""
-    short = RL.replace("--steps 4", "--steps 1")
-    one = run("rl", "one", short)
+    one, two = untrained(tmp_path / "one"), untrained(tmp_path / "two")
+    run("rl", one, RL.format(1))
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    done = subprocess.run([*worker(*launcher), "rl", *flags(tmp_path, "two", short)], timeout=300,
+    done = subprocess.run([*worker(*launcher), "rl", *flags(two, RL.format(1))], timeout=300,
                           env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    two = tmp_path / "two" / "tiny" / "rl-w24"
-    for stage, values in (("sft", ("loss", "held_out")), ("rl", ("reward", "length", "entropy", "informative"))):
-        a, b = (folder.parent / f"{stage}-w24" for folder in (one, two))
-        assert difference(a, b) < 2e-6
-        for r, s in zip(logged(a), logged(b), strict=True):
-            close([r[k] for k in (*values, "grad_norm", "lr") if k in r],
-                  [s[k] for k in (*values, "grad_norm", "lr") if k in r], 1e-5)
-    assert logged(two)[0]["informative"] > 0
-    longer = short.replace("--steps 1", "--steps 2")
-    assert difference(run("rl", "one", longer), run("rl", "two", longer)) < 1e-5
-    assert [r["step"] for r in logged(two)] == [1, 2]
+    for stage, values in (("sft-w24", "loss held_out gap_to_teacher grad_norm lr"),
+                          ("rl-w24", "reward length entropy informative grad_norm lr")):
+        assert difference(one / "tiny" / stage, two / "tiny" / stage) < 2e-6
+        for r, s in zip(logged(one / "tiny" / stage), logged(two / "tiny" / stage), strict=True):
+            assert r.keys() == s.keys()
+            close([r.get(k, 0.0) for k in values.split()], [s.get(k, 0.0) for k in values.split()], 1e-5)
+    assert logged(two / "tiny" / "rl-w24")[0]["informative"] > 0
+    assert difference(run("rl", one, RL.format(2)), run("rl", two, RL.format(2))) < 1e-5
+    assert [r["step"] for r in logged(two / "tiny" / "rl-w24")] == [1, 2]

@@ -1,0 +1,192 @@
+"""The scripts as their users start them: runs, run again, bad input, the commands that are documented."""
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import flags, handlers, logged  # noqa: F401  (handlers is a fixture)
+
+from model import Transformer, cli
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = [s for s in ("convert_sft", "rl", "eval", "bench") if (ROOT / f"{s}.py").exists()]
+
+
+def start(script, *arguments, **options):
+    """The script in a process of its own, where it must succeed -> what it printed."""
+    done = subprocess.run([sys.executable, ROOT / f"{script}.py", *map(str, arguments)], text=True,
+                          capture_output=True, timeout=300, **options)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def pictures(folder):
+    found = sorted(folder.rglob("*.png"))
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in found)
+    return [p.name for p in found]
+
+
+TINY_RL = "--steps 2 --sft-steps 2 --prompts 2 --group 2 --max-new-tokens 24 --validate 4"
+
+
+def test_the_tiny_recipe(tmp_path):
+    """Both arms side by side; the last line is the result, and a second start only reports it."""
+    command = flags(tmp_path, "out", TINY_RL)
+    summary = json.loads(start("rl", *command).splitlines()[-1])
+    scores = {"sa_sft", "swa_sft", "sa_rl", "swa_rl"}
+    assert summary.keys() >= scores | {"seconds", "seed", "window"} and summary["window"] == 24
+    assert all(0 <= summary[k] <= 1 for k in scores)
+    arms = [tmp_path / "out" / "tiny" / f"{s}-w{w}" for s in ("sft", "rl") for w in ("24", "full")]
+    assert [Transformer.from_pretrained(f).config.window for f in arms] == [24, None, 24, None]
+    assert pictures(tmp_path).count("curves.png") == 4 and "recipe-w24.png" in pictures(tmp_path)
+
+    made = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    again = json.loads(start("rl", *command).splitlines()[-1])
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == made
+    assert {k: again[k] for k in scores} == {k: summary[k] for k in scores}
+    assert [[r["step"] for r in logged(f)] for f in arms] == [[1, 2]] * 4
+
+    reported = start("eval", "--model", arms[2], "--benchmarks", "tiny", "--limit", 3, "--samples", 2,
+                     "--max-new-tokens", 24, "--out", tmp_path / "out", "--device", "cpu")
+    assert "tiny" in reported
+
+
+def test_stage_one_alone(tmp_path):
+    command = flags(tmp_path, "out", "--steps 2 --batch 2 --held-out 4 --window full")
+    folder = tmp_path / "out" / "tiny" / "sft-wfull"
+    assert start("convert_sft", *command).splitlines()[-1] == f"done: {folder}"
+    assert pictures(folder) == ["curves.png"]
+    assert "loss" not in start("convert_sft", *command)
+
+
+@pytest.fixture
+def cut_smollm2(smollm2, tmp_path):
+    """SmolLM2's first two layers: the real tokenizer, chat template and embedding, and little to compute."""
+    config = json.loads((smollm2 / "config.json").read_text()) | {"num_hidden_layers": 2}
+    tensors = {k: v for k, v in Transformer.from_pretrained(smollm2).state_dict().items()
+               if not re.search(r"layers\.([2-9]|\d\d)\.", k)}
+    folder = tmp_path / "SmolLM2-cut"
+    shutil.copytree(smollm2, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.gguf", "models"))
+    (folder / "config.json").write_text(json.dumps(config))
+    model = Transformer(config := __import__("model").ModelConfig.from_dict(config))
+    model.load_state_dict(tensors)
+    model.tokenizer_files = {p.name: p.read_bytes() for p in folder.glob("*token*.json")}
+    model.save_pretrained(folder)
+    yield folder
+    shutil.rmtree(tmp_path)  # optimizer states of 28 million parameters
+
+
+def test_a_real_model_on_gsm8k(cut_smollm2, data, tmp_path):
+    problems = (data / "gsm8k_test.jsonl").read_text().splitlines()[:40]
+    (tmp_path / "gsm8k.jsonl").write_text("\n".join(problems))
+    start("rl", *f"--model {cut_smollm2} --data {tmp_path / 'gsm8k.jsonl'} --out {tmp_path / 'out'} --window 128 "
+          "--device cpu --steps 1 --sft-steps 1 --prompts 1 --group 2 --max-new-tokens 8 --validate 1".split())
+    run = tmp_path / "out" / "SmolLM2-cut"
+    assert Transformer.from_pretrained(run / "rl-w128").config.window == 128
+    assert json.loads((run / "rl-w128" / "config.json").read_text())["model_type"] == "mistral"
+    assert [r["step"] for r in logged(run / "rl-w128")] == [1] and logged(run / "sft-w128")[0]["loss"] < 20
+
+
+# --------------------------------------------------------------------------------------- commands
+
+
+def documented():
+    """(file, command) of the README's code blocks and of the scripts' own descriptions."""
+    for path in [ROOT / "README.md", *sorted(ROOT.glob("*.py"))]:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        blocks = re.findall(r"```\w*\n(.*?)```", text, re.S) if path.suffix == ".md" else text.split('"""')[1:2]
+        for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+            if re.match(r"\s*(\$ )?(\w+=\S+ )*(python3?|torchrun) ", line):
+                yield path.name, line.strip().removeprefix("$ ")
+
+
+COMMANDS = sorted(set(documented()))
+
+
+@pytest.mark.parametrize("file, command", COMMANDS)
+def test_documented_commands_parse(file, command):
+    words = shlex.split(command, comments=True)
+    script = next((w for w in words if w.endswith(".py")), None)
+    if script and "pytest" not in words:
+        assert (ROOT / script).exists()
+        importlib.import_module(Path(script).stem).parser().parse_args(words[words.index(script) + 1:])
+    elif "pytest" in words:
+        assert all((ROOT / w.split("::")[0]).exists() for w in words if w.startswith("tests"))
+
+
+def test_commands_are_documented():
+    """Each script names commands that run, and the search above finds them."""
+    assert {f"{s}.py" for s in SCRIPTS} <= {Path(w).name for _, c in COMMANDS for w in c.split()}
+
+
+# -------------------------------------------------------------------------------------- bad input
+
+TINY = "--model tiny --steps 1"
+BAD = {  # script and flags -> what the sentence says; {tmp} is a folder with the files made below
+    "rl --model no/such/folder": "not a model folder",
+    "rl --model {tmp}/empty": "config.json does not exist",
+    "convert_sft --model {tmp}/good.jsonl": "not a model folder",
+    f"rl {TINY} --window 0": "--window.*0.*keys >= 1",
+    f"rl {TINY} --window -3": "--window",
+    f"convert_sft {TINY} --window abc": "'abc'.*keys >= 1",
+    f"convert_sft {TINY} --unknown 3": "--unknown",
+    f"rl {TINY} --device gpu": "--device",
+    f"rl {TINY} --device cuda": "no CUDA GPU",
+    f"convert_sft {TINY} --data {{tmp}}/empty.jsonl": "is empty",
+    f"convert_sft {TINY} --data {{tmp}}/cut.jsonl": "cut.jsonl line 2",
+    f"convert_sft {TINY} --data {{tmp}}/missing.jsonl": "no such file",
+    f"convert_sft {TINY} --data {{tmp}}/good.jsonl": "no solution",
+    f"convert_sft {TINY} --full-layers 3": "layers are 0 to 2",
+    f"convert_sft {TINY} --full-layers a": "layer numbers",
+    f"convert_sft {TINY} --window full --window-from 30": "window-from",
+    f"convert_sft {TINY} --window-from 0": "window-from",
+    "convert_sft --model tiny --steps -1": "--steps -1",
+    f"convert_sft {TINY} --lr nan": "--lr nan",
+    f"convert_sft {TINY} --seed -1": "--seed",
+    f"rl {TINY} --group 0": "--group 0",
+    f"rl {TINY} --slots -1": "--slots",
+    f"rl {TINY} --max-new-tokens 0": "--max-new-tokens 0",
+    f"convert_sft {TINY} --out {{tmp}}/good.jsonl": "cannot be written",
+    "eval --model {tmp}/empty --benchmarks tiny": "config.json does not exist",
+    "eval --unknown": "--unknown",
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, case):
+    if "--device cuda" in case and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    if case.split()[0] not in SCRIPTS:
+        pytest.skip(f"no {case.split()[0]}.py")
+    (tmp_path / "empty").mkdir()
+    good = '{"problem": "p", "answer": "1"}\n'
+    for name, content in {"good": good, "cut": good + '{"pro', "empty": ""}.items():
+        (tmp_path / f"{name}.jsonl").write_text(content)
+    script, *words = case.format(tmp=tmp_path).split()
+    if "tiny" in words:
+        words = [*flags(tmp_path, "out", ""), "--device", "auto", *words]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        cli(importlib.import_module(script).main)
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert re.search(BAD[case], said[-1])
+    assert len(said) == 1 and said[0].startswith("error: ")
+    left = {p.parent.name for p in tmp_path.rglob("config.json")} - {"base-wfull", "step-000001"}
+    assert not left, "a checkpoint of a run that never began"
+
+
+def test_bad_input_in_a_process_of_its_own(tmp_path):
+    """The same from outside: the exit code, and no traceback."""
+    done = subprocess.run([sys.executable, ROOT / "rl.py", "--model", "no/such/folder"], text=True,
+                          capture_output=True, cwd=tmp_path, timeout=100)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
