@@ -360,27 +360,53 @@ class Trainer:
         groups = [{"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": weight_decay},
                   {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95), fused=True)
-        self.wandb, self.drawn = start_wandb(wandb, self.folder, settings) if wandb and RANK == 0 else None, 0.0
+        self.wandb, self.drawn = wandb, 0.0
         self.resume()
+
+    def begin(self):
+        """From here on the run's folder is written to, by this process alone."""
         if threading.current_thread() is threading.main_thread():
             for name in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(name, self.interrupt)
+        if RANK != 0:
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.folder / "lock", "w")
+        except OSError as error:
+            raise UsageError(f"{self.folder} cannot be written ({error.strerror}): choose another --out") from None
+        try:
+            if fcntl:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UsageError(f"{self.folder} is in use by another run: wait for it, stop it, or choose another --out") from None
+        log, path = [], self.folder / "log.jsonl"
+        if self.step:  # what was logged after the checkpoint will be done again
+            print(f"{self.folder}: continuing after step {self.step}", flush=True)
+            log = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+            log = [record for record in log if record.get("step", 0) <= self.step]
+        write_file(path, lambda f: f.write_text("".join(json.dumps(record) + "\n" for record in log)))
+        self.records, self.began = log, time.time()
+        self.wandb = start_wandb(self.wandb, self.folder, self.settings) if self.wandb else None
+        self.append({"settings": self.settings, **describe_machine(self.device)})
+
+    def end(self):
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if RANK == 0:
+            self.lock.close()
 
     def interrupt(self, *_):
         """Ctrl-C or SIGTERM: finish the step, save, stop; the second one stops at once."""
         self.stopping = True
         print("\nstopping after this step", file=sys.stderr, flush=True)
-        self.default_signals()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def agreed(self, condition):
         """Whether it holds on any rank: all must leave a loop in the same step."""
         return all_max(float(condition), self.device) > 0
-
-    @staticmethod
-    def default_signals():
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def elapsed(self):
         """Seconds of the run, over interruptions."""
@@ -390,22 +416,23 @@ class Trainer:
         """Whether the run is complete on the disk."""
         return self.step >= steps and (self.folder / "config.json").exists()
 
+    def forwards(self, micro, temperature):
+        """(micro-batch, log-probabilities, entropy), one after another; under FSDP every rank must join in
+        every forward and backward, so a rank with fewer micro-batches idles along on a dummy."""
+        idle = pack([make_row([0], [0])], 1, self.device)[0]
+        idle |= {"targets": idle["targets"] - 1, "idle": True}
+        for m in micro + [idle] * (int(all_max(len(micro), self.device)) - len(micro)):
+            with self.amp:
+                yield m, *self.model(m["tokens"], m["cu_seqlens"], m["targets"], temperature)
+
     def update(self, rows, loss_fn, lr, temperature=1.0):
         """One optimizer step on this rank's rows; returns the grad norm, or None if it was not finite.
 
         loss_fn(logprobs, entropy, micro) is a sum already divided by the count of the *whole* batch over
         micro-batches and ranks, so the gradient does not depend on how rows are packed or spread.
         """
-        micro = pack(rows, self.micro_tokens, self.device)
-        most = int(all_max(len(micro), self.device))  # FSDP: every rank joins in every forward and backward
-        if len(micro) < most:
-            idle = pack([make_row([0], [0])], 1, self.device)[0]
-            micro += [idle | {"targets": idle["targets"] - 1, "idle": True}] * (most - len(micro))
-        self.model.train()
         self.optimizer.zero_grad()
-        for m in micro:
-            with self.amp:
-                logprobs, entropy = self.model(m["tokens"], m["cu_seqlens"], m["targets"], temperature)
+        for m, logprobs, entropy in self.forwards(pack(rows, self.micro_tokens, self.device), temperature):
             loss = logprobs.sum() * 0.0 if "idle" in m else loss_fn(logprobs, entropy, m)
             (loss * WORLD).backward()  # FSDP averages over the ranks; the loss is a sum
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
@@ -426,10 +453,9 @@ class Trainer:
     @torch.no_grad()
     def add_logprobs(self, rows, name, temperature=1.0):
         """Adds this model's log-probabilities of the targets to the rows, as a column."""
-        for row in rows:  # a row at a time: FSDP ranks must agree on the number of forwards
-            m = pack([row], 1, self.device)[0]
-            with self.amp:
-                row[name] = self.model(m["tokens"], m["cu_seqlens"], m["targets"], temperature)[0][0].tolist()
+        batches = [pack([row], 1, self.device)[0] for row in rows]
+        for row, (_, logprobs, _) in zip(rows, list(self.forwards(batches, temperature))):  # idle ones too
+            row[name] = logprobs[0].tolist()
 
     def log(self, record, line=None):
         """Counts the step, prints the dense line, appends the record (rank 0)."""
@@ -482,22 +508,10 @@ class Trainer:
         if WORLD > 1:
             dist.barrier()
         if final:
-            self.default_signals()
+            self.end()
 
     def resume(self):
         """Continues from the newest checkpoint that is whole; refuses one made with other settings."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "log.jsonl").touch()
-        except OSError as error:
-            raise UsageError(f"{self.folder} cannot be written ({error.strerror}): choose another --out") from None
-        if RANK == 0 and fcntl:
-            self.lock = open(self.folder / "lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(f"{self.folder} is in use by another run: wait for it, stop it, or choose another "
-                                 "--out") from None
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)
         for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
             try:
@@ -517,14 +531,6 @@ class Trainer:
             self.step, self.seconds = state["step"], state["seconds"]
             self.model.config.window = state["window"]
             break
-        if RANK == 0:  # what was logged after the checkpoint will be done again
-            log = [json.loads(x) for x in (self.folder / "log.jsonl").read_text().splitlines() if x.endswith("}")]
-            log = [r for r in log if r.get("step", 0) <= self.step] if self.step else []
-            write_file(self.folder / "log.jsonl", lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in log)))
-            self.records = log
-            self.append({"settings": self.settings, **describe_machine(self.device)})
-            if self.step:
-                print(f"{self.folder}: continuing after step {self.step}", flush=True)
 
 
 def start_wandb(project, folder, settings):
@@ -592,6 +598,7 @@ def pretrain_tiny(args):
     trainer = Trainer(model, folder, {"seed": args.seed, "stage": "base"}, device, weight_decay=0.01)
     if trainer.done(1):
         return folder
+    trainer.begin()
     stream = []  # documents one after another, restating with a probability of their own
     for row in tiny_problems(12000, [args.seed, 1], restate=lambda rng: rng.random()):
         stream += tokenizer.encode(f"<bos>{row['problem']}{row['solution']}<eos>")
@@ -790,6 +797,7 @@ def convert(args):
     trainer = Trainer(model, folder, settings, device, micro_tokens=args.micro_tokens, wandb=args.wandb)
     if trainer.done(args.steps):
         return folder
+    trainer.begin()
     if held and trainer.step == 0:
         student = held_out_loss(model, held, device, args.micro_tokens)
         print(f"held-out loss before training: SA {teacher:.3f}, window {args.window} {student:.3f} nats a token", flush=True)

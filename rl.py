@@ -207,7 +207,10 @@ def train_rl(args, start):
         penalties = [overlong_penalty(len(e.tokens), args.max_new_tokens, args.overlong_buffer) for e in episodes]
         return episodes, torch.tensor([e.reward + p for e, p in zip(episodes, penalties)]).view(-1, G)
 
-    while not trainer.done(args.steps) and not trainer.agreed(out_of_time()):
+    if trainer.done(args.steps) or (out_of_time() and trainer.done(1)):
+        return folder
+    trainer.begin()
+    while trainer.step < args.steps:
         # roll out
         step, began = trainer.step, time.time()
         refresh(sampler, trainer.model)

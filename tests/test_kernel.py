@@ -113,7 +113,8 @@ def compare(q, k, v, window=None, lengths=None, tolerance=None):
 # --------------------------------------------------------------------------------- attention
 
 
-@pytest.mark.parametrize("window", [1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 99, 100, 107, None])
+@pytest.mark.parametrize("window", [
+    1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK + 1, 99, 100, 107, None])
 def test_one_hot_values_show_the_mask(device, window):
     T = 100
     q, k, _ = tensors(device, T, 2, 1, 128, grad=False)
@@ -128,7 +129,7 @@ def test_one_hot_values_show_the_mask(device, window):
     (1, None, 1, 1, 64), (15, 4, 2, 1, 64), (16, 16, 2, 2, 128), (17, 1, 4, 1, 32),
     (63, 20, 6, 1, 64), (64, 64, 7, 1, 32), (65, 33, 8, 1, 64), (127, 31, 2, 1, 96),
     (130, 32, 2, 1, 64), (130, None, 2, 1, 128), (130, 129, 1, 1, 32), (130, 500, 1, 1, 32),
-    (130, 65, 2, 1, 80), (130, 2, 1, 1, 64)])
+    (130, 65, 2, 1, 80), (130, 2, 1, 1, 64), (130, 2 * BLOCK - 1, 1, 1, 32)])
 def test_attention_and_gradients(device, T, window, H, Hkv, D):
     compare(*tensors(device, T, H, Hkv, D, B=2 if T < 64 else 1), window)
 
@@ -179,7 +180,7 @@ def test_packed_is_separate_and_nan_stays_in_its_row(device):
 
 @pytest.mark.parametrize(("T", "S", "window"), [
     (1, 40, 7), (30, 31, 5), (40, 100, 33), (64, 130, None), (33, 130, 70), (70, 130, 1),
-    (5, 130, 16)])
+    (5, 130, 16), (70, 69 + BLOCK, None), (70, 68 + BLOCK, 2 * BLOCK)])
 def test_chunk_of_a_prompt(device, T, S, window):
     compare(*tensors(device, T, 2, 1, 32, S=S), window)
 

@@ -18,10 +18,9 @@ import convert_sft
 import rl
 from convert_sft import (Trainer, held_out, load_problems, make_row, pack, reads_restatements, schedule,
                          solution_text, tiny_base, tiny_problems)
-from model import Tokenizer, Transformer, UsageError, read_weights
+from model import Tokenizer, Transformer, UsageError, cli, read_weights
 from rl import group_advantages, grpo_loss, overlong_penalty
 
-ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 
 
@@ -81,10 +80,10 @@ def test_loss_by_hand(case):
     close(logprobs.grad.item(), expected if alive else 0.0)
 
 
-@pytest.mark.parametrize("length, limit, buffer, penalty", [
-    (50, 100, 20, 0), (80, 100, 20, 0), (90, 100, 20, -0.5), (100, 100, 20, -1), (100, 100, 0, 0)])
-def test_overlong_penalty(length, limit, buffer, penalty):
-    assert overlong_penalty(length, limit, buffer) == penalty
+def test_overlong_penalty():
+    lengths = {50: 0, 80: 0, 90: -0.5, 100: -1}
+    assert {n: overlong_penalty(n, 100, 20) for n in lengths} == lengths
+    assert overlong_penalty(100, 100, 0) == 0
 
 
 def grpo_rows(n=6):
@@ -281,6 +280,7 @@ def test_gate_counts_what_is_read():
 def test_checkpoints_are_kept_and_the_damaged_one_is_skipped(tmp_path, capsys):
     trainer = trainer_of(tmp_path, settings={"lr": 1})
     trainer.model.config.window = 7
+    trainer.begin()
     for step in range(1, 4):
         trainer.model.model.norm.weight.data.fill_(step)
         trainer.log({"reward": step})
@@ -328,32 +328,41 @@ def test_a_gradient_that_is_not_finite_is_skipped(tmp_path, capsys):
 SFT = "--window 24 --steps 4 --batch 5 --eval-every 2 --save-every 1 --micro-tokens 200 --held-out 9"
 RL = ("--window 24 --steps {} --sft-steps 2 --prompts 3 --group 4 --max-new-tokens 40 --validate 3 "
       "--micro-tokens 200")
-WORKER = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-import convert_sft, rl
-from model import cli
 
 
-def odd(texts, golds):  # a reward on which an untrained model's answers disagree
+def odd(texts, golds):
+    """A reward on which an untrained model's answers disagree."""
     return ["correct" if len(text) % 2 else "wrong" for text in texts]
 
 
-def run(stage, flags):  # one arm in one process, whereas rl.py runs both arms of the tiny task
-    script = {{"sft": convert_sft, "rl": rl}}[stage]
-    args = convert_sft.settle(script.parser().parse_args(flags), script.SETTINGS)
-    rl.grade_batch, args.sft_data_given = odd, False
-    return convert_sft.convert(args) if stage == "sft" else rl.run_arm(args)
+def run(stage, out, text):
+    """One arm of the tiny task in this process, whereas rl.py runs both -> the stage's folder."""
+    script = {"sft": convert_sft, "rl": rl}[stage]
+    args = convert_sft.settle(script.parser().parse_args(flags(out, text)), script.SETTINGS)
+    args.sft_data_given = False
+    (convert_sft.convert if stage == "sft" else rl.run_arm)(args)
+    return convert_sft.stage_folder(args, stage)
 
 
-if __name__ == "__main__":
-    cli(lambda: run(sys.argv[1], sys.argv[2:]))
-"""
+def worker(*arguments, launcher=()):
+    """The command that runs `run` in a process of its own: this file."""
+    return [sys.executable, *launcher, __file__, *map(str, arguments)]
+
+
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(rl.__file__).parent), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def reward():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rl, "grade_batch", odd)
+        yield
 
 
 def untrained(out):
     """out, with an untrained model in the place of a pretrained tiny base."""
     base = Trainer(tiny_base(0), out / "tiny" / "base-wfull", {"seed": 0, "stage": "base"}, CPU)
+    base.begin()
     base.log({})
     base.save(final=True)
     return out
@@ -363,35 +372,11 @@ def flags(out, text):
     return f"--model tiny --device cpu --out {out} {text}".split()
 
 
-@pytest.fixture
-def run(monkeypatch):
-    """run(stage, out, flags): a stage in this process -> its folder."""
-    monkeypatch.setattr(rl, "grade_batch", rl.grade_batch)  # put back afterwards
-    exec(WORKER, names := {"__name__": "worker"})
-
-    def run(stage, out, text):
-        names["run"](stage, flags(out, text))
-        return next((out / "tiny").glob(f"{stage}-w*"))
-
-    run.names = names
-    return run
-
-
-@pytest.fixture
-def worker(tmp_path):
-    """worker(*launcher): the command that does what `run` does in a process of its own."""
-    (tmp_path / "worker.py").write_text(WORKER)
-    return lambda *launcher: [sys.executable, *launcher, str(tmp_path / "worker.py")]
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An out folder with both stages done: 4 RL steps."""
     out = untrained(tmp_path_factory.mktemp("finished"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rl, "grade_batch", rl.grade_batch)
-        exec(WORKER, names := {"__name__": "worker"})
-        names["run"]("rl", flags(out, RL.format(4)))
+    run("rl", out, RL.format(4))
     return out
 
 
@@ -438,7 +423,7 @@ def same_run(a, b, asked):
         assert {k for k in r if r[k] != s[k]} <= {"elapsed", *(k for k in r if "second" in k or "tok" in k)}
 
 
-def test_a_resumed_sft_repeats_an_undisturbed_one(run, tmp_path, stop_at_2):
+def test_a_resumed_sft_repeats_an_undisturbed_one(tmp_path, stop_at_2):
     with pytest.raises(Stopped):
         run("sft", untrained(tmp_path / "stopped"), SFT)
     stop_at_2()
@@ -450,7 +435,7 @@ def test_a_resumed_sft_repeats_an_undisturbed_one(run, tmp_path, stop_at_2):
         run("sft", tmp_path / "whole", f"{SFT} --lr 0.5")
 
 
-def test_a_resumed_rl_repeats_an_undisturbed_one(run, finished, after_sft, stop_at_2):
+def test_a_resumed_rl_repeats_an_undisturbed_one(finished, after_sft, stop_at_2):
     with pytest.raises(Stopped):
         run("rl", after_sft, RL.format(4))
     stop_at_2()
@@ -462,26 +447,26 @@ def test_a_resumed_rl_repeats_an_undisturbed_one(run, finished, after_sft, stop_
         run("rl", after_sft, RL.format(4).replace("--group 4", "--group 2"))
 
 
-def test_kill_and_the_same_command_again(worker, finished, after_sft):
-    command = [*worker(), "rl", *flags(after_sft, RL.format(4))]
+def test_kill_and_the_same_command_again(finished, after_sft):
+    command = worker("rl", after_sft, RL.format(4))
     killed = after_sft / "tiny" / "rl-w24"
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     while process.poll() is None and not (killed / "step-000001").exists():
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (killed / "config.json").exists()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     same_run(finished / "tiny" / "rl-w24", killed, "")
 
 
-def test_groups_that_agree_do_not_train(run, after_sft, monkeypatch):
-    monkeypatch.setitem(run.names, "odd", lambda texts, golds: ["wrong"] * len(texts))
+def test_groups_that_agree_do_not_train(after_sft, monkeypatch):
+    monkeypatch.setattr(rl, "grade_batch", lambda texts, golds: ["wrong"] * len(texts))
     folder = run("rl", after_sft, RL.format(1))
     assert difference(folder, folder.parent / "sft-w24") == 0
     assert [r["informative"] for r in logged(folder)] == [0]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole(run, after_sft, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_whole(after_sft, monkeypatch):
     def full_disk(path, write):
         if "step.tmp" in str(path) and (after_sft / "tiny" / "rl-w24" / "step-000001").exists():
             raise OSError(28, "No space left on device")
@@ -497,7 +482,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(run, after_sft, monkeypatc
 
 @pytest.mark.parametrize("more", ["", "--full-layers 1", "--full-layers 1 --nope-full",
                                   "--window-from 60", "--window full"])
-def test_a_folder_is_the_model_that_was_trained(run, tmp_path, more, stop_at_2):
+def test_a_folder_is_the_model_that_was_trained(tmp_path, more, stop_at_2):
     """The loss that was logged last is that of the saved model, also after a resume."""
     text = f"{SFT} --lr 0.01 {more}"
     with pytest.raises(Stopped):
@@ -513,13 +498,13 @@ def test_a_folder_is_the_model_that_was_trained(run, tmp_path, more, stop_at_2):
     close(-sum(logp) / n_tokens, logged(folder)[-1]["held_out"])
 
 
-def test_two_ranks_are_one(run, worker, tmp_path):
+def test_two_ranks_are_one(tmp_path):
     """The same global batch on two gloo ranks, whose shares differ in size; then on one rank again."""
     one, two = untrained(tmp_path / "one"), untrained(tmp_path / "two")
     run("rl", one, RL.format(1))
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    done = subprocess.run([*worker(*launcher), "rl", *flags(two, RL.format(1))], timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    done = subprocess.run(worker("rl", two, RL.format(1), launcher=launcher), timeout=300, text=True,
+                          env=ENVIRONMENT, capture_output=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for stage, values in (("sft-w24", "loss held_out gap_to_teacher grad_norm lr"),
                           ("rl-w24", "reward length entropy informative grad_norm lr")):
@@ -530,3 +515,8 @@ def test_two_ranks_are_one(run, worker, tmp_path):
     assert logged(two / "tiny" / "rl-w24")[0]["informative"] > 0
     assert difference(run("rl", one, RL.format(2)), run("rl", two, RL.format(2))) < 1e-5
     assert [r["step"] for r in logged(two / "tiny" / "rl-w24")] == [1, 2]
+
+
+if __name__ == "__main__":
+    rl.grade_batch = odd
+    cli(lambda: run(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))
