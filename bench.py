@@ -19,10 +19,13 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convert_sft import (TINY, Parser, Trainer, describe_machine, make_row, memory_plan, pick_device)
 from model import Decoder, ModelConfig, RingCache, Transformer, cli, generate, write_file
 from rl import grpo_loss
+from swa_kernel import swa_attention, swa_attention_reference, swa_decode
 
 COLORS = {"SA": "#E69F00", "SWA": "#0072B2", "other": "#009E73"}  # Okabe-Ito
 SHAPES = {  # the published configurations; tiny is the miniature's
@@ -38,7 +41,7 @@ SHAPES = {  # the published configurations; tiny is the miniature's
 # measuring
 
 
-def side_by_side(contestants, repeats, device, setup=lambda: None):
+def side_by_side(contestants, repeats, device):
     """{name: function} -> {name: median seconds}: one warm-up each, then turn by turn."""
     seconds = {name: [] for name in contestants}
     for turn in range(repeats + 1):
@@ -108,6 +111,133 @@ def finish(args, name, rows, draw=None):
         write_file(folder / f"{name}.png", lambda f: figure.savefig(f, dpi=110, format="png"))
         plt.close(figure)
     print(json.dumps(result), "\n", flush=True)
+
+
+# ----------------------------------------------------------------------------------------------------
+# kernels
+
+
+def pairs(T, W):
+    """Query-key pairs inside the window: the work that is credited, whatever tiles compute."""
+    W = min(W or T, T)
+    return W * T - W * (W - 1) // 2
+
+
+def sdpa(backend=None, masked=False):
+    """F.scaled_dot_product_attention on (B, T, H, D): full causal, or with a boolean mask of the window."""
+    masks = {}
+
+    def attend(q, k, v, window):
+        T, kind = q.shape[1], {"is_causal": True}
+        if masked:
+            if (T, window) not in masks:
+                distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
+                masks[T, window] = (distance >= 0) & (distance < (window or T))
+            kind = {"attn_mask": masks[T, window]}
+        with sdpa_kernel([backend] if backend else list(SDPBackend.__members__.values())):
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True,
+                                                  **kind).transpose(1, 2)
+
+    return attend
+
+
+def flex_attention():
+    """FlexAttention, compiled, with a sliding-window block mask."""
+    from torch.nn.attention import flex_attention as flex
+
+    compiled, masks = torch.compile(flex.flex_attention, dynamic=False), {}
+
+    def attend(q, k, v, window):
+        T, W = q.shape[1], window or q.shape[1]
+        if (T, W) not in masks:
+            masks[T, W] = flex.create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < W), None, None, T, T,
+                                                 device=q.device)
+        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=masks[T, W],
+                        enable_gqa=True).transpose(1, 2)
+
+    return attend
+
+
+def bench_kernels(args):
+    """Forward, backward and decode; credited operations 4 and 10 a pair, head and dimension."""
+    device, gpu = args.torch_device, args.torch_device.type == "cuda"
+    dtype, (H, Hkv) = (torch.bfloat16, (12, 2)) if gpu else (torch.float32, (2, 1))
+    lengths, windows = ([2**n for n in range(11, 18)], [1024, 2048, 4096, 8192, None]) if gpu else ([1024, 4096, 16384], [512])
+    contestants = {  # name: (function, takes a window, longest T)
+        "swa_kernel": (swa_attention, True, 2**20),
+        **({"FlexAttention": (flex_attention(), True, 2**20),
+            "SDPA flash": (sdpa(SDPBackend.FLASH_ATTENTION), False, 2**20),
+            "SDPA cuDNN": (sdpa(SDPBackend.CUDNN_ATTENTION), False, 2**20),
+            "naive twin": (swa_attention_reference, True, 4096)} if gpu else {"SDPA, full mask": (sdpa(masked=True), True, 2**20)}),
+    }
+    rate, bandwidth, rows = matmul_rate(device), copy_bandwidth(device), []
+    print(f"ceilings: matrix product {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s", flush=True)
+    for D in (128, 64) if gpu else (64,):
+        for T in lengths:
+            q, k, v = (torch.randn(1, T, h, D, device=device, dtype=dtype, requires_grad=True) for h in (H, Hkv, Hkv))
+            gradient = torch.randn_like(q)
+            for W in [w for w in windows if (w or 0) < T]:
+                runs, memory = {}, {}
+                for name, (attend, windowed, longest) in contestants.items():
+                    if T > longest or not windowed and W:
+                        continue
+                    try:
+                        if gpu:
+                            torch.cuda.reset_peak_memory_stats()
+                        before = torch.cuda.memory_allocated() if gpu else 0
+                        o = attend(q, k, v, W)
+                        torch.autograd.grad(o, (q, k, v), gradient, retain_graph=True)
+                        memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e6 if gpu else None
+                    except RuntimeError as error:  # a peer without a kernel for this shape, or out of memory
+                        print(f"  {name}, T={T}, W={W}, D={D} left out: {str(error).splitlines()[0][:90]}", flush=True)
+                        continue
+                    runs[name, "forward"] = torch.no_grad()(lambda attend=attend, W=W, x=(q, k, v): attend(*x, W))
+                    runs[name, "backward"] = lambda o=o, x=(q, k, v), g=gradient: torch.autograd.grad(o, x, g, retain_graph=True)
+                for (name, part), s in side_by_side(runs, 10 * args.repeats if gpu else args.repeats, device).items():
+                    flops = (4 if part == "forward" else 10) * H * D * pairs(T, W)
+                    rows.append({"part": part, "what": name, "D": D, "T": T, "W": W or "full", "ms": s * 1e3,
+                                 "TFLOP/s": flops / s / 1e12, "of ceiling": flops / s / rate, "MB": memory[name]})
+                print(f"  D={D} T={T} W={W or 'full'} done", flush=True)
+    for B, S in ((1, 4096), (64, 4096), (16, 32768)) if gpu else ((128, 24), (8, 512)):
+        D = 128 if gpu else 64
+        q, k, v = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((B, H, D), (B, S, Hkv, D), (B, S, Hkv, D)))
+        position, size = torch.full((B,), S + 3, device=device), 2 * k.numel() * k.element_size()
+        runs = {"swa_kernel": lambda x=(q, k, v, position): swa_decode(*x),
+                "SDPA": lambda q=q[:, :, None], k=k.transpose(1, 2), v=v.transpose(1, 2): F.scaled_dot_product_attention(
+                    q, k, v, enable_gqa=True)}
+        if gpu:  # as generation runs it, without launch gaps
+            runs |= {f"{name}, graph": captured(run) for name, run in list(runs.items())}
+        for name, s in side_by_side(runs, 20 * args.repeats, device).items():
+            rows.append({"part": "decode", "what": f"{name}, batch {B}", "D": D, "T": 1, "W": S, "ms": s * 1e3, "TFLOP/s": None,
+                         "of ceiling": size / s / bandwidth, "MB": size / 1e6})
+
+    def draw(plt):
+        figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
+        D = rows[0]["D"]
+        for axis, part in zip(axes, ("forward", "backward")):
+            names = dict.fromkeys(r["what"] for r in rows if r["part"] == part)
+            for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), names):
+                for W, style in zip([w or "full" for w in windows], ("o-", "s--", "^:", "v-.", "D-")):
+                    line = [(r["T"], r["ms"]) for r in rows if (r["part"], r["what"], r["W"], r["D"]) == (part, name, W, D)]
+                    if line:
+                        axis.loglog(*zip(*line), style, color=color, label=f"{name}, W={W}", markersize=4)
+            axis.set(title=f"{part}, D={D}", xlabel="sequence length (tokens)")
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("time (ms)")
+        axes[0].legend(fontsize=6)
+        return figure
+
+    finish(args, f"kernels-{'gpu' if gpu else 'cpu'}", rows, draw)
+
+
+def captured(run):
+    """A function as a CUDA graph's replay."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -228,10 +358,6 @@ def transformers_model(model):
 
 def attention_flops(config, lengths):
     """Forward 4 and backward 10 operations a visible pair, head and dimension (kernel convention)."""
-    def pairs(T, W):
-        W = min(W or T, T)
-        return W * T - W * (W - 1) // 2
-
     per_pair = 14 * config.num_attention_heads * config.head_dim
     return sum(per_pair * pairs(T, w) for T in lengths for w in config.windows)
 
@@ -329,6 +455,8 @@ def main():
     gpu = args.torch_device.type == "cuda"
     args.shape = args.shape or ("qwen2.5-1.5b" if gpu else "smollm2-135m")
     print(json.dumps(describe_machine(args.torch_device)), flush=True)
+    if args.what in ("all", "kernels"):
+        bench_kernels(args)
     if args.what in ("all", "generate"):
         (bench_generate_gpu if gpu else bench_generate_cpu)(args)
     if args.what in ("all", "train"):

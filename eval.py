@@ -18,6 +18,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -268,13 +269,16 @@ def measure(records):
     """One model on one benchmark, as a table's row."""
     scores = scores_of(records)
     k = scores.shape[1]
+    row = {f"avg@{k}": over_seeds([scores])}
+    for j in sorted({2, 4, 8, 16, 32, 64, k}):
+        if 1 < j <= k:
+            row[f"pass@{j}"] = over_seeds([[[pass_at_k(int(s.sum()), k, j)] for s in scores]])
+    if k > 1:
+        votes = [[majority(r["responses"], r["verdicts"])] for r in records]
+        row[f"maj@{k}"] = over_seeds([votes])
     cut = [v == "truncated" for r in records for v in r["verdicts"]]
-    return {f"avg@{k}": over_seeds([scores]),
-            **{f"pass@{j}": over_seeds([[[pass_at_k(int(s.sum()), k, j)] for s in scores]])
-               for j in (2**e for e in range(1, 9)) if j <= k},
-            f"maj@{k}": over_seeds([[[majority(r["responses"], r["verdicts"])] for r in records]]),
-            "truncated": float(np.mean(cut)), "length": mean_of(records, "lengths"),
-            "n": len(scores)}
+    return row | {"truncated": float(np.mean(cut)), "length": mean_of(records, "lengths"),
+                  "n": len(scores)}
 
 
 def mean_of(records, key):
@@ -306,7 +310,7 @@ def token_gaps(reference, rollouts, window, positions=None, micro_tokens=16384):
     for r in rollouts:
         P, ids = len(r.prompt), torch.tensor(list(r.prompt) + list(r.tokens))
         gap = torch.zeros(2, len(r.tokens), dtype=torch.promote_types(reference.dtype, torch.float))
-        at = torch.arange(max(P, window + 1), len(ids))  # before that, the window holds everything
+        at = torch.arange(len(ids))[max(P, window + 1):]  # before, the window holds everything
         if positions and len(at) > positions:
             gap[:, at - P] = float("nan")
             at = at[torch.linspace(0, len(at) - 1, positions).round().long()]
@@ -314,7 +318,7 @@ def token_gaps(reference, rollouts, window, positions=None, micro_tokens=16384):
         full.append(states(reference, ids[None])[0, at - 1])  # (tokens asked, C)
         asked += [(gap, ids, t, t - P) for t in at.tolist()]
         gaps.append(gap)
-    full = torch.cat(full)
+    full = torch.cat(full) if full else None
     size = max(1, min(micro_tokens // window, LOGITS_PER_CHUNK // reference.config.vocab_size))
     for i in range(0, len(asked), size):
         some = asked[i:i + size]
@@ -440,13 +444,15 @@ def strategies(args):
     sa = arms(args, {"SA": {"window": "full", "full_layers": None}})
     ways = {
         "none": lambda seed: {"start": policies(args, seed)["SA-SFT"]},
-        "direct": lambda seed: {},
+        "direct": lambda seed: {"variant": None},
         "shrinking": lambda seed: {"window_from": 4 * plain.window},
-        "hybrid": lambda seed: {"full_layers": plain.full_layers or [1]},
+        "1 full layer": lambda seed: {"full_layers": [1]},
+        "2 full layers": lambda seed: {"full_layers": plain.full_layers or [1, 2]},
         "restate-only": lambda seed: {"rows": tiny_problems(4000, [seed, 4], restate=lambda _: 1)},
     }
     if plain.model != "tiny":
-        del ways["restate-only"]
+        del ways["restate-only"], ways["1 full layer"]
+        ways["hybrid"] = ways.pop("2 full layers")
     found = arms(args, {label: lambda seed, label=label, way=way: {
         "variant": f"strategies/{label}", "full_layers": None, **way(seed)}
         for label, way in ways.items()}) | sa
@@ -518,6 +524,8 @@ def trajectories(args, seed):
         sides[teacher] = {i: {**p, "solution": e.text, "tokens": len(e.tokens)}
                           for i, (p, e) in enumerate(zip(problems, episodes)) if e.reward}
     both = sides["SA"].keys() & sides["SWA"].keys()
+    if not both:
+        raise UsageError("no problem was solved by SA-RL and by SWA-RL: give more RL --steps")
     data = {("paired", t): [side[i] for i in sorted(both)] for t, side in sides.items()}
     rows = {t: list(side.values()) for t, side in sides.items()}
     matched = length_matched(*([row["tokens"] for row in side] for side in rows.values()))
@@ -630,6 +638,8 @@ def reach_run(folder, seed, window, full_layers, distances, device, steps=300, n
     tokenizer = Tokenizer(model.tokenizer_files)
     settings = {"stage": "reach", "seed": seed, "steps": steps}
     trainer = Trainer(model, folder, settings, pick_device(device))
+    if not trainer.done(steps):
+        trainer.begin()
     while not trainer.done(steps):
         rng = np.random.default_rng([seed, 14, trainer.step])
         rows = [dict(zip(("tokens", "targets"), reach_example(
@@ -715,7 +725,7 @@ def write_report(folder, name, title, rows, pictures, args):
     """Rows (dicts) and pictures {file: panels} -> Markdown, JSON and PNG; prints the table."""
     keys = list(dict.fromkeys(key for row in rows for key in row))
     lines = [keys, ["---"] * len(keys), *([shown(row.get(k, "")) for k in keys] for row in rows)]
-    command = " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     table = "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "",
                        f"{title} {count(v for row in rows for v in row.values())}: bootstrap over "
                        f"seeds, problems and repeats. `{command}`", ""])

@@ -86,6 +86,8 @@ def test_golds(name, data):
     # with a space more, the pair no longer is the same string: the grammar has to accept it
     assert not [gold for gold in golds if not timed(boxed(gold.replace("}", "} ") + " "), gold)]
     assert not [gold for gold in golds if timed(boxed(twin(gold)), gold)]
+    unparsed = [gold for gold in golds if grade(boxed(twin(gold)), gold) == "unparsed"]
+    assert len(unparsed) <= 0.03 * len(golds)
 
 
 # Properties ---------------------------------------------------------------------------------------
@@ -103,6 +105,13 @@ soup = st.lists(st.sampled_from(PIECES + NOISE), max_size=40).map("".join)
 def test_any_text_is_graded(response, gold):
     timed(response, gold)
     timed(boxed(response), gold)
+
+
+def test_symmetric_table():
+    choice = re.compile(r"\([A-J]\).*\S")     # (C) 42 answers both C and 42
+    rows = [row for row in ROWS if row["kind"] != "response" and not choice.search(row["response"])]
+    assert not [row for row in rows if is_correct(
+        boxed(row["gold"]), extract_answer(row["response"])) != row["expected"]]
 
 
 @settings(max_examples=300, deadline=None)

@@ -33,8 +33,12 @@ BLOCK = swa.FP32_TILE[1]
 
 kernels_only = pytest.mark.skipif(not INTERPRET, reason="runs in test_interpreter")
 parent_only = pytest.mark.skipif(INTERPRET, reason="runs once, outside Triton's interpreter")
-gpu_only = pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")
+needs_triton = pytest.mark.skipif(swa.triton is None, reason="Triton is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+
+def gpu_only(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not CUDA, reason="needs a CUDA GPU")(test))
 
 
 @pytest.fixture(params=DEVICES)
@@ -400,7 +404,7 @@ def test_compile_and_checkpoint(device):
 
 @kernels_only
 def test_operators_are_registered_correctly():
-    q, k, v = tensors("cpu", 40, 2, 1, 32)
+    q, k, v = tensors("cpu", 40, 2, 1, 32, dtype=torch.float16)
     torch.library.opcheck(swa._attention, (q, k, v, None, 20))
     torch.library.opcheck(swa._attention, (q, k, v, cumulative([30, 10]), 20))
     torch.library.opcheck(swa._decode_splits, (q[:, 0].detach(), k.detach(), v.detach(),
@@ -415,6 +419,8 @@ def test_falls_back_with_one_warning(monkeypatch):
         compare(*inputs, 5)
         compare(*inputs, 5)
     assert len(seen) == 1
+    with pytest.warns(UserWarning, match="no kernel for torch.float64"):
+        compare(*tensors("cpu", 20, 2, 1, 32, dtype=torch.float64), 5)
     monkeypatch.setattr(swa, "triton", None)
     with pytest.warns(UserWarning, match="Triton is not installed"):
         compare(*tensors("cpu", 20, 2, 1, 32), 5)
@@ -431,23 +437,27 @@ def test_imports_without_triton():
 
 @parent_only
 def test_cpu_path_is_linear():
-    """T = 8k, W = 256: far faster than SDPA under a full mask, forward and (slices!) backward."""
-    q, k, v = tensors("cpu", 8192, 1, 1, 32, dtype=torch.float32)
-    mask = swa._visible(8192, 8192, 0, 256, "cpu")
+    """8 times the length takes about 8 times as long, and far less than SDPA under a full mask."""
     torch.use_deterministic_algorithms(False)
 
-    def seconds(attend):
-        start = time.process_time()
-        attend().sum().backward()
-        return time.process_time() - start
+    def seconds(attend, T, repeats=3):
+        inputs, times = tensors("cpu", T, 1, 1, 64, dtype=torch.float32), []
+        for _ in range(repeats):
+            start = time.process_time()
+            attend(*inputs).sum().backward()
+            times.append(time.process_time() - start)
+        return min(times)
 
-    fast = min(seconds(lambda: swa_attention(q, k, v, 256)) for _ in range(3))
-    full = seconds(lambda: swa._sdpa(q, k, v, attn_mask=mask))
+    short, long = (seconds(lambda *qkv: swa_attention(*qkv, 8), T) for T in (4096, 32768))
+    assert long < 14 * short, f"{long:.2f} s against {short:.2f} s"
+    mask = swa._visible(8192, 8192, 0, 256, "cpu")
+    full = seconds(lambda *qkv: swa._sdpa(*qkv, attn_mask=mask), 8192, repeats=1)
+    fast = seconds(lambda *qkv: swa_attention(*qkv, 256), 8192)
     assert full > 5 * fast, f"{full:.2f} s against {fast:.2f} s"
 
 
 @parent_only
-@pytest.mark.skipif(swa.triton is None, reason="Triton is not installed")
+@needs_triton
 def test_interpreter():
     """This file again, with the kernels in Triton's interpreter."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
@@ -461,7 +471,7 @@ LOOP_SPILLS = {("_backward_kv", 90, 128): 48}                    # instructions;
 
 
 @parent_only
-@pytest.mark.skipif(swa.triton is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("arguments", [
     "--sm 90 --dims 64 128", "--sm 80 100 --dims 128", "--sm 89 --dims 96 --packed",
     "--sm 89 --dims 128 --dtypes fp32"])

@@ -1,4 +1,4 @@
-"""The scripts as their users start them: runs, run again, bad input, the commands that are documented."""
+"""The scripts as their users start them: runs, runs again, documented commands, bad input."""
 
 import importlib
 import json
@@ -53,9 +53,8 @@ def test_the_tiny_recipe(tmp_path):
     assert {k: again[k] for k in scores} == {k: summary[k] for k in scores}
     assert [[r["step"] for r in logged(f)] for f in arms] == [[1, 2]] * 4
 
-    reported = start("eval", "--model", arms[2], "--benchmarks", "tiny", "--limit", 3, "--samples", 2,
-                     "--max-new-tokens", 24, "--out", tmp_path / "out", "--device", "cpu")
-    assert "tiny" in reported
+    command = f"--model {arms[1]} {arms[2]} --benchmarks tiny --limit 3 --max-new-tokens 24 --device cpu"
+    assert "tiny" in start("eval", *command.split(), "--out", tmp_path / "out")
 
 
 def test_stage_one_alone(tmp_path):
@@ -81,13 +80,13 @@ def cut_smollm2(smollm2, tmp_path):
 def test_a_real_model_on_gsm8k(cut_smollm2, data, tmp_path):
     problems = (data / "gsm8k_test.jsonl").read_text().splitlines()[:100]
     (tmp_path / "gsm8k.jsonl").write_text("\n".join(problems))
-    command = (f"--model {cut_smollm2} --data {tmp_path / 'gsm8k.jsonl'} --out {tmp_path} --window 128 "
-               "--steps 1 --sft-steps 1 --prompts 1 --group 2 --max-new-tokens 8 --validate 1 --device cpu")
-    start("rl", *command.split())
+    command = (f"--model {cut_smollm2} --data {tmp_path / 'gsm8k.jsonl'} --out {tmp_path} --steps 1 "
+               "--sft-steps 1 --prompts 1 --group 2 --max-new-tokens 8 --validate 1 --window 128")
+    start("rl", *command.split(), "--device", "cpu")
     sft, rl = (tmp_path / "SmolLM2-cut" / f"{stage}-w128" for stage in ("sft", "rl"))
     assert Transformer.from_pretrained(rl).config.window == 128
     assert json.loads((rl / "config.json").read_text())["model_type"] == "mistral"
-    assert [r["step"] for r in logged(rl)] == [1] and logged(sft)[0]["loss"] < 15
+    assert [r["step"] for r in logged(rl)] == [1] and 0 < logged(sft)[0]["loss"] < 99
 
 
 # --------------------------------------------------------------------------------------- commands
@@ -97,7 +96,7 @@ def documented():
     """(file, command) of the README's code blocks and of the scripts' own descriptions."""
     for path in [ROOT / "README.md", *sorted(ROOT.glob("*.py"))]:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        blocks = re.findall(r"```\w*\n(.*?)```", text, re.S) if path.suffix == ".md" else text.split('"""')[1:2]
+        blocks = text.split('"""')[1:2] if path.suffix == ".py" else text.split("```")[1::2]
         for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
             if re.match(r"\s*(\$ )?(\w+=\S+ )*(python3?|torchrun) ", line):
                 yield path.name, line.strip().removeprefix("$ ")
@@ -112,7 +111,8 @@ def test_documented_commands_parse(file, command):
     script = next((w for w in words if w.endswith(".py")), None)
     if script and "pytest" not in words:
         assert (ROOT / script).exists()
-        importlib.import_module(Path(script).stem).parser().parse_args(words[words.index(script) + 1:])
+        parser = importlib.import_module(Path(script).stem).parser()
+        parser.parse_args(words[words.index(script) + 1:])
     elif "pytest" in words:
         assert all((ROOT / w.split("::")[0]).exists() for w in words if w.startswith("tests"))
 

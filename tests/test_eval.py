@@ -1,0 +1,485 @@
+"""Statistics, benchmarks, locality and the analyses: against enumeration, simulation, double loops."""
+
+import itertools
+import json
+import math
+import signal
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import eval as evaluation
+from convert_sft import INSTRUCTION, Trainer, tiny_base, tiny_problems, tiny_solution
+from eval import (answer_benchmark, bootstrap_ci, information_gap, length_matched, load_benchmark, majority, measure,
+                  over_seeds, paired_bootstrap, pass_at_k, reach_example, read_generations, states, token_gaps)
+from model import ModelConfig, Rollout, Tokenizer, Transformer, UsageError
+from rl import Episode
+
+# ------------------------------------------------------------------------------------- statistics
+
+
+def beta_scores(rng, problems, repeats, a=1.0, b=1.0):
+    """Right or wrong answers to problems of random difficulty."""
+    return (rng.random((problems, repeats)) < rng.beta(a, b, (problems, 1))).astype(float)
+
+
+def test_bootstrap_known_case():
+    assert bootstrap_ci(np.ones((5, 3))) == (1, 1, 1)
+    half = np.arange(400).reshape(-1, 1) % 2  # the mean of 400 coins: +- 1.96 * 0.5 / 20
+    mean, low, high = bootstrap_ci(half)
+    assert mean == 0.5 and abs(low - 0.451) < 0.006 and abs(high - 0.549) < 0.006
+    mean, low, high = bootstrap_ci(half, level=0.5)  # 0.6745 standard deviations
+    assert abs(low - 0.4831) < 0.004 and abs(high - 0.5169) < 0.004
+    _, low, high = bootstrap_ci(np.tile([0, 1], (10, 200)))  # one difficulty: only repeats vary
+    assert 0.47 < low < 0.5 < high < 0.53
+    assert bootstrap_ci(half, seed=1) == bootstrap_ci(half, seed=1) != bootstrap_ci(half, seed=2)
+
+
+@pytest.mark.parametrize("problems, repeats", [(30, 8), (100, 1), (60, 4)])
+def test_bootstrap_coverage(problems, repeats):
+    """Of 95 % intervals, about 95 % hold the truth; resampling repeats as well errs on the wide side."""
+    rng = np.random.default_rng(problems)
+    hits = 0
+    for _ in range(200):
+        _, low, high = bootstrap_ci(beta_scores(rng, problems, repeats, 2, 1))
+        hits += low <= 2 / 3 <= high
+    assert 0.91 <= hits / 200 <= 0.99
+
+
+def test_paired_bootstrap():
+    rng = np.random.default_rng(0)
+    difficulty = rng.beta(0.3, 0.3, (200, 1))
+    a = (rng.random((200, 4)) < difficulty).astype(float)
+    b = (rng.random((200, 4)) < np.clip(difficulty + 0.05, 0, 1)).astype(float)
+    d, low, high, p = paired_bootstrap(a, b)
+    assert d == pytest.approx(b.mean() - a.mean()) and low < d < high and p < 0.05
+    minus = paired_bootstrap(b, a)
+    assert minus[0] == -d and minus[3] < 0.05
+    one, other = bootstrap_ci(a), bootstrap_ci(b)
+    apart = math.hypot(one[2] - one[1], other[2] - other[1])  # were the problems not the same
+    assert high - low < 0.6 * apart
+    assert paired_bootstrap(a, a)[0] == 0 and paired_bootstrap(a, a)[3] == 1
+    assert paired_bootstrap(np.zeros((50, 1)), np.ones((50, 1)))[3] < 0.001
+    two = paired_bootstrap([a, np.zeros((7, 2))], [b, np.ones((7, 3))])
+    assert two[0] == pytest.approx((d + 1) / 2)
+    with pytest.raises(ValueError, match="same problems"):
+        paired_bootstrap(a, b[:-1])
+
+
+def test_paired_p_values_under_the_null():
+    rng, p = np.random.default_rng(1), []
+    for _ in range(150):
+        difficulty = rng.random((60, 1))
+        a, b = ((rng.random((60, 4)) < difficulty).astype(float) for _ in "ab")
+        p.append(paired_bootstrap(a, b)[3])
+    assert np.mean(np.array(p) < 0.05) < 0.08 and 0.4 < np.mean(p) < 0.65
+
+
+def test_over_seeds():
+    scores = beta_scores(np.random.default_rng(2), 100, 2)
+    one = over_seeds([scores])
+    assert one["mean"] == scores.mean() and one["n"] == 100 and one["seeds"] == [scores.mean()]
+    _, low, high = bootstrap_ci(scores)
+    assert abs(one["low"] - low) < 0.02 and abs(one["high"] - high) < 0.02
+    apart = over_seeds([np.full((50, 1), x) for x in (0.2, 0.5, 0.8)])  # only the seeds differ
+    assert apart["mean"] == pytest.approx(0.5) and apart["low"] < 0.35 and apart["high"] > 0.65
+
+
+def test_pass_at_k_is_the_average_over_subsets():
+    for n in range(1, 7):
+        for right in itertools.product([0, 1], repeat=n):
+            for k in range(1, n + 1):
+                subsets = [max(s) for s in itertools.combinations(right, k)]
+                assert pass_at_k(sum(right), n, k) == pytest.approx(np.mean(subsets))
+
+
+def test_measure():
+    records = [{"problem": "", "answer": "1", "responses": [f"\\boxed{{{x}}}" for x in row], "finished": [True] * 4,
+                "lengths": [3, 5, 7, 9]} for row in ("1111", "1122", "2221")]
+    records[2]["finished"][3] = False
+    evaluation.grade(records)
+    assert records[2]["verdicts"][3] == "truncated"
+    row = measure(records)
+    assert [round(row[key]["mean"], 4) for key in ("avg@4", "pass@2", "pass@4", "maj@4")] == [0.5, 0.6111, 0.6667, 0.5]
+    assert (row["truncated"], row["length"], row["n"]) == (pytest.approx(1 / 12), 6, 3)
+    single = measure([{**r, "responses": r["responses"][:1], "verdicts": r["verdicts"][:1]} for r in records])
+    assert "avg@1" in single and not any(key.startswith(("pass", "maj")) for key in single)
+
+
+VOTES = {  # answers, with a ~ where cut off -> maj@k for the gold 0.5
+    "0.5 0.5 3": 1, "3 3 0.5": 0, "0.5 3": 0.5, "3 0.5 4 4": 0, "0.50 0.5 3 4": 1, "0.5 3 4": 1 / 3,
+    "~0.5 ~0.5 3": 0, "~3 ~3 0.5": 1, "": 0, "? ? 0.5": 1, "?": 0,
+}
+
+
+@pytest.mark.parametrize("answers, expected", VOTES.items())
+def test_majority(answers, expected):
+    responses = ["no answer" if a == "?" else f"so \\boxed{{{a.strip('~')}}}" for a in answers.split()]
+    verdicts = ["truncated" if "~" in a else "correct" if a in ("0.5", "0.50") else "wrong" for a in answers.split()]
+    assert majority(responses, verdicts) == pytest.approx(expected)
+
+
+# ------------------------------------------------------------------------------------- benchmarks
+
+HUB_ROWS = {  # a row in the hub's shape: the problem and the answer to make of it
+    "gsm8k": ({"question": "2+2?", "answer": "It is <<2+2=4>>4.\n#### 1,004"}, "2+2?", "1,004"),
+    "math500": ({"problem": "P", "solution": "so \\boxed{x}", "answer": "\\frac{1}{2}", "subject": "Algebra", "level": 3,
+                 "unique_id": "test/1.json"}, "P", "\\frac{1}{2}"),
+    "aime24": ({"id": 60, "problem": "P", "solution": "S", "answer": "204", "url": "u", "year": "2024"}, "P", "204"),
+    "aime25": ({"problem": "P", "answer": "70", "id": "0"}, "P", "70"),
+    "amc23": ({"id": 0, "question": "P", "answer": "27.0", "url": "u"}, "P", "27.0"),
+    "minerva": ({"question": "P", "answer": "1.6e-19"}, "P", "1.6e-19"),
+    "olympiadbench": ({"id": 1606, "question": "P", "solution": ["S"], "final_answer": ["$69$", "84"], "context": None,
+                       "is_multiple_answer": True, "unit": None}, "P", "$69$,84"),
+}
+
+
+@pytest.mark.parametrize("name", evaluation.BENCHMARKS)
+def test_hub_fields(name, tmp_path, monkeypatch):
+    """Through `datasets`, from a local file with the columns that the hub's file has."""
+    import datasets
+
+    row, problem, answer = HUB_ROWS[name]
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    real, asked = datasets.load_dataset, []
+
+    def load(hub_id, config, split):
+        asked.append((hub_id, config, split))
+        return real("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found, = load_benchmark(name)
+    assert (found["problem"], found["answer"]) == (problem, answer)
+    hub_id, config, split = evaluation.BENCHMARKS[name][:3]
+    assert asked == [(hub_id, config, split)] and hub_id.count("/") == 1
+
+    def fail(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UsageError, match=f"{name}.*ConnectionError"):
+        load_benchmark(name)
+
+
+def test_other_benchmarks(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"problem": "1+1", "answer": 2}\n')
+    assert load_benchmark(str(file)) == [{"problem": "1+1", "answer": "2", "solution": ""}]
+    assert load_benchmark("tiny", 3) == tiny_problems(512, [3, 10], test=True)
+    with pytest.raises(UsageError, match="no such file.*math500"):
+        load_benchmark("gsm9k")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """An untrained tiny model that answers something."""
+    model = tiny_base(0)
+    model.config.window = 24
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+    evaluation.main()
+
+
+def test_resume_is_undisturbed_and_regrade_is_grade(folder, tmp_path, monkeypatch, capsys):
+    command = ["--model", folder, "--benchmarks", "tiny", "--samples", 2, "--limit", 10, "--chunk", 4,
+               "--max-new-tokens", 12, "--device", "cpu", "--out"]
+    run(monkeypatch, *command, tmp_path / "a")
+    file = next((tmp_path / "a").rglob("tiny.jsonl"))
+    whole = file.read_text()
+    settings, records = read_generations(file)
+    assert settings["samples"] == 2 and settings["window"] == 24 and len(records) == 10
+    assert all(len(r["responses"]) == len(r["verdicts"]) == 2 for r in records)
+    assert {"results.md", "results.json", "results.png"} <= {p.name for p in (tmp_path / "a" / "eval").iterdir()}
+
+    lines = whole.splitlines(keepends=True)
+    other = tmp_path / "b" / file.relative_to(tmp_path / "a")
+    other.parent.mkdir(parents=True)
+    for cut in ("".join(lines[:1]), "".join(lines[:5]), "".join(lines[:8]) + lines[8][:20], whole[:-5]):
+        other.write_text(cut)  # after the settings, a chunk, in the middle of a line, near the end
+        run(monkeypatch, *command, tmp_path / "b")
+        assert other.read_text() == whole
+
+    wrong = [json.loads(line) for line in lines]
+    wrong[1]["verdicts"], wrong[2]["verdicts"] = ["correct", "correct"], ["no", "no"]
+    other.write_text("".join(json.dumps(row) + "\n" for row in wrong))
+    run(monkeypatch, "--regrade", other)
+    assert other.read_text() == whole and "4 of 20 verdicts changed" in capsys.readouterr().out
+
+    file.write_text(whole)
+    run(monkeypatch, *command[:7], 12, *command[8:], tmp_path / "a")  # more problems: continued
+    assert file.read_text().splitlines()[:9] == whole.splitlines()[:9] and len(read_generations(file)[1]) == 12
+    for change in (["--samples", 3], ["--temperature", 0.5], ["--seed", 1], ["--max-new-tokens", 13]):
+        with pytest.raises(UsageError, match="other settings"):
+            run(monkeypatch, *command, tmp_path / "a", *change)
+    tiny_base(1).save_pretrained(folder)
+    with pytest.raises(UsageError, match="weights"):
+        run(monkeypatch, *command, tmp_path / "a")
+
+
+def test_finished_and_truncated_answers(folder, tmp_path, monkeypatch):
+    """The box decides, but only of an answer that ended; each problem has its own seeds."""
+    tokenizer = Tokenizer.from_pretrained(folder)
+    problems = load_benchmark("tiny")[:3]
+    asked = []
+
+    def fake(model, prompts, limit, temperature, stop_ids, slots, seeds, **options):
+        asked.append((seeds, options["top_p"]))
+        gold = {tokenizer.decode(tokenizer.encode(p["problem"])): p["answer"] for p in problems}
+        texts = ["\\boxed{%s}" % gold[tokenizer.decode(p)] for p in prompts]
+        return [Rollout(p, tokenizer.encode(t), [], i % 2 == 0) for i, (p, t) in enumerate(zip(prompts, texts))]
+
+    monkeypatch.setattr(evaluation, "generate", fake)
+    args = SimpleNamespace(samples=2, chunk=2, seed=0, temperature=1.0, top_p=0.9, max_new_tokens=8, slots=None,
+                           instruction="")
+    records = answer_benchmark(None, tokenizer, problems, tmp_path / "x.jsonl", {}, args)
+    assert [r["verdicts"] for r in records] == [["correct", "truncated"]] * 3
+    seeds = [s for chunk, _ in asked for s in chunk]
+    assert len(set(seeds)) == 6 and asked[0][1] == 0.9
+    args.chunk = 3
+    answer_benchmark(None, tokenizer, problems, tmp_path / "y.jsonl", {}, args)
+    assert asked[-1][0] == seeds
+
+
+def test_several_models_and_instructions(folder, tmp_path, monkeypatch, capsys):
+    problems = tmp_path / "few.jsonl"
+    problems.write_text("".join(json.dumps(p) + "\n" for p in tiny_problems(3, 5)))
+    second = tmp_path / "second"
+    tiny_base(1).save_pretrained(second)
+    run(monkeypatch, "--model", folder, second, "--benchmarks", f"tiny,{problems}", "--limit", 3, "--samples", 2,
+        "--max-new-tokens", 6, "--device", "cpu", "--out", tmp_path)
+    table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 6 and sum("average" in line for line in table) == 2
+    result = json.loads((tmp_path / "eval" / "results.json").read_text())
+    assert len(result["rows"]) == 6 and "p" in result["rows"][1] and "p" not in result["rows"][0]
+    assert {"torch", "device", "git"} <= result.keys()
+    asked = {s["benchmark"]: s["instruction"] for s, _ in map(read_generations, tmp_path.rglob("eval/*/second/*.jsonl"))}
+    assert asked == {"tiny": "", str(problems): INSTRUCTION}
+
+
+BAD = {
+    "nothing": ([], "give one of"),
+    "two tasks": (["--model", "m", "--benchmarks", "tiny", "--prompt", "x"], "give one of"),
+    "no model": (["--benchmarks", "tiny"], "needs a --model"),
+    "two models": (["--model", "a", "b", "--prompt", "x"], "needs a --model|one --model"),
+    "unknown flag": (["--model", "m", "--benchmarks", "tiny", "--sample", "3"], "unknown arguments --sample 3"),
+    "unknown rl flag": (["--model", "tiny", "--analysis", "windows", "--stepz", "3"], "--stepz"),
+    "no samples": (["--model", "m", "--benchmarks", "tiny", "--samples", "0"], "--samples"),
+    "temperature": (["--model", "m", "--benchmarks", "tiny", "--temperature", "-1"], "--temperature"),
+    "nan": (["--model", "m", "--benchmarks", "tiny", "--temperature", "nan"], "--temperature"),
+    "top-p": (["--model", "m", "--benchmarks", "tiny", "--top-p", "0"], "--top-p"),
+    "window": (["--model", "m", "--benchmarks", "tiny", "--window", "0"], "whole number of keys"),
+    "seeds": (["--model", "tiny", "--analysis", "reach", "--seeds", "a"], "--seeds"),
+    "analysis": (["--model", "tiny", "--analysis", "depth"], "depth"),
+    "benchmark": (["--model", "m", "--benchmarks", "tiny,nope"], "nope"),
+    "model": (["--model", "./nowhere", "--benchmarks", "tiny"], "nowhere"),
+    "regrade": (["--regrade", "./nowhere.jsonl"], "nowhere.jsonl"),
+    "reach": (["--model", "some/base", "--analysis", "reach"], "--model tiny"),
+    "reach window": (["--model", "tiny", "--analysis", "reach", "--window", "40"], "--window"),
+}
+
+
+@pytest.mark.parametrize("arguments, message", BAD.values(), ids=BAD)
+def test_bad_input(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message) as caught:
+        run(monkeypatch, *arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]\n", '{"problem": 1}\n', "x\n{}\n", '{"settings": {}}\n{"problem": "a"}\n', "\xff"])
+def test_files_that_hold_no_generations(text, tmp_path):
+    (tmp_path / "f.jsonl").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UsageError, match="f.jsonl"):
+        read_generations(tmp_path / "f.jsonl")
+
+
+# ------------------------------------------------------------------------------------- --prompt
+
+
+def test_prompt_streams(folder, monkeypatch, capsys):
+    run(monkeypatch, "--model", folder, "--prompt", "a1b2?", "--max-new-tokens", 20, "--temperature", 0)
+    out, err = capsys.readouterr()
+    model = Transformer.from_pretrained(folder)
+    tokenizer = Tokenizer(model.tokenizer_files)
+    ids = tokenizer.encode("<bos>a1b2?")
+    for _ in range(20):
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids]))[0, -1, :tokenizer.n_ids].argmax().item())
+        if ids[-1] in tokenizer.stop_ids:
+            break
+    assert out == tokenizer.decode(ids[6:]) + "\n" and "tok/s" in err
+
+
+def test_streaming_holds_back_unfinished_characters(folder, monkeypatch, capsys):
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.pieces = {5: b"a\xe2\x82", 6: b"\xac", 7: b"\xf0", 8: b"!", 9: b"<eos>"}
+    tokenizer.special_ids, seen = {9}, []
+
+    def fake(*_, stream, **__):
+        for tokens in ([5], [6], [], [7], [8], [9]):
+            stream(0, tokens)
+            seen.append(capsys.readouterr().out)
+        return [Rollout([], [5, 6, 7, 8, 9], [], True)]
+
+    monkeypatch.setattr(evaluation, "generate", fake)
+    args = SimpleNamespace(prompt="a1?", instruction=None, max_new_tokens=9, temperature=1.0, seed=0, top_p=1.0)
+    evaluation.stream_answer(None, tokenizer, args)
+    assert seen == ["a", "\u20ac", "", "", "\ufffd!", ""]
+
+
+# ------------------------------------------------------------------------------------- locality
+
+
+def random_model(layers=2, window=None, dtype=torch.float64):
+    torch.manual_seed(layers)
+    config = ModelConfig(vocab_size=13, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=8, window=window)
+    model = Transformer(config).to(dtype)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    return model
+
+
+def random_rollouts(*sizes):
+    rng = np.random.default_rng(0)
+    return [Rollout(rng.integers(13, size=p).tolist(), rng.integers(13, size=t).tolist(), [], True) for p, t in sizes]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [1, 4, 9, 40])
+def test_information_gap_against_a_double_loop(window):
+    model, rollouts = random_model(), random_rollouts((3, 11), (14, 6), (1, 1), (9, 20))
+    ratios, kls = (information_gap(model, rollouts, window, expected=e) for e in (False, True))
+    for rollout, ratio, kl in zip(rollouts, ratios, kls):
+        ids = rollout.prompt + rollout.tokens
+        assert len(ratio) == len(kl) == len(rollout.tokens)
+        for j, token in enumerate(rollout.tokens):
+            before = ids[:len(rollout.prompt) + j]
+            p, q = (model(torch.tensor([x]))[0, -1].log_softmax(-1) for x in (before, before[-window:]))
+            assert abs(ratio[j] - (p[token] - q[token])) < 1e-10
+            assert abs(kl[j] - torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")) < 1e-10
+    assert (window == 40) == all((r == 0).all() for r in ratios)
+
+
+def test_gap_batches_and_positions():
+    """Neither the token budget nor looking at few positions changes a value."""
+    model, rollouts = random_model(dtype=torch.float32), random_rollouts((3, 30), (20, 17), (2, 4))
+    every = token_gaps(model, rollouts, 5)
+    for gap, same in zip(every, token_gaps(model, rollouts, 5, micro_tokens=11)):
+        torch.testing.assert_close(gap, same, rtol=0, atol=2e-5)
+    for gap, few, asked in zip(every, token_gaps(model, rollouts, 5, positions=6), (27, 17, 0)):
+        looked = ~few.isnan()
+        assert few.isnan().sum() == 2 * max(0, asked - 6)
+        torch.testing.assert_close(few[looked], gap[looked], rtol=0, atol=2e-5)
+
+
+def test_a_window_reaches_as_far_as_its_layers():
+    """One layer sees W tokens and no more, so with W tokens nothing is missing; two layers see 2W - 1."""
+    rollouts = random_rollouts((5, 25))
+    for layers in (1, 2):
+        model = random_model(layers, window=6)
+        gap = {w: information_gap(model, rollouts, w, expected=True)[0].abs().max().item() for w in (5, 6, 10, 11)}
+        assert gap[5] > 1e-3 and gap[11] < 1e-12
+        assert (gap[6] < 1e-12) == (layers == 1) == (gap[10] < 1e-12)
+
+
+# ------------------------------------------------------------------------------------- analyses
+
+
+def test_retrieval_is_at_the_stated_distance():
+    model, rng = tiny_base(0), np.random.default_rng(0)
+    tokenizer = Tokenizer(model.tokenizer_files)
+    for distance in (1, 7, 45, evaluation.REACH_LENGTH - 1):
+        for queries in (0, 0.3):
+            tokens, targets = reach_example(rng, tokenizer, distance, queries)
+            digits = [i for i, t in enumerate(tokens) if tokenizer.decode([t]).isdigit()]
+            assert digits == [len(tokens) - 1 - distance] and len(tokens) == len(targets) == evaluation.REACH_LENGTH
+            assert [t == tokenizer.encode("?")[0] for t in tokens] == [t >= 0 for t in targets]
+            assert {t for t in targets if t >= 0} == {tokens[digits[0]]} == {targets[-1]}
+            assert queries or targets.count(-1) == len(targets) - 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("full_layers", [(), (1,)])
+def test_beyond_the_reach_a_fact_changes_nothing(full_layers):
+    model, rng, W = tiny_base(0).double(), np.random.default_rng(1), 16
+    tokenizer = Tokenizer(model.tokenizer_files)
+    model.config.window, model.config.full_layers = W, full_layers
+    digits = tokenizer.encode("0123456789")
+    for distance, seen in ((3 * (W - 1), True), (3 * (W - 1) + 1, bool(full_layers))):
+        tokens = torch.tensor([reach_example(rng, tokenizer, distance)[0]] * 10)
+        tokens[:, -1 - distance] = torch.tensor(digits)
+        last = states(model, tokens)[:, -1]
+        assert ((last - last[0]).abs().max() > 1e-12) == seen
+
+
+def test_length_matched():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(30, 60, 200), rng.integers(40, 120, 150)
+    i, j = length_matched(a, b)
+    edges = np.linspace(min(a.min(), b.min()), max(a.max(), b.max()) + 1, 11)
+    assert len(i) == len(set(i)) == len(j) == len(set(j)) > 20
+    assert (np.histogram(a[i], edges)[0] == np.histogram(b[j], edges)[0]).all()
+    assert length_matched([5, 5], [5]) == ([0], [0]) and length_matched([1], [100]) == ([], [])
+
+
+ANALYSES = {  # what is added to the command -> rows of the table
+    "locality": (["--limit", "4", "--windows", "8,16"], 8),
+    "cross-sft": (["--limit", "6"], 8),
+    "windows": (["--windows", "16,full"], 4),
+    "strategies": ([], 14),
+    "budgets": ([], 3),
+    "reach": (["--window", "8"], 9),
+}
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A run whose base counts as trained."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    out = tmp_path_factory.mktemp("out")
+    trainer = Trainer(tiny_base(0), out / "tiny" / "base-wfull", {"seed": 0, "stage": "base"}, torch.device("cpu"))
+    trainer.begin()
+    trainer.step = 1
+    trainer.save(final=True)
+    yield out
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+@pytest.mark.parametrize("name", ANALYSES)
+def test_analysis(name, started, monkeypatch, capsys):
+    """Each analysis in a few steps: its table, its JSON, its pictures, and a second start that trains nothing."""
+    more, rows = ANALYSES[name]
+
+    def solved(folder, problems, stage):  # untrained policies solve nothing
+        tokenizer, rng = Tokenizer.from_pretrained(folder), np.random.default_rng(0)
+        texts = [tiny_solution(p["problem"], rng, restate="w24" in str(folder)) for p in problems]
+        return [Episode(tokenizer.encode("<bos>" + p["problem"]), tokenizer.encode(t + "<eos>"), [], True, t, "correct", 1.0)
+                for p, t in zip(problems, texts)]
+
+    monkeypatch.setattr(evaluation, "episodes_of", solved)
+    monkeypatch.setattr(evaluation.reach_run, "__defaults__", (2, 5))
+    flags = "--steps 2 --sft-steps 2 --prompts 2 --group 2 --max-new-tokens 12 --validate 4 --workers 1 --device cpu"
+    command = ["--model", "tiny", "--analysis", name, *flags.split(), "--out", started, *more]
+    run(monkeypatch, *command)
+    folder = started / "tiny" / "analysis"
+    result = json.loads((folder / f"{name}.json").read_text())
+    assert len(result["rows"]) == rows and "--analysis" in result["command"]
+    table = [line for line in (folder / f"{name}.md").read_text().splitlines() if line.startswith("|")]
+    assert len(table) == rows + 2 and len({line.count("|") for line in table}) == 1
+    assert (folder / f"{name}.png").stat().st_size > 5000
+    made = {p: p.stat().st_mtime_ns for p in started.rglob("*.safetensors")}
+    run(monkeypatch, *command)
+    assert {p: p.stat().st_mtime_ns for p in started.rglob("*.safetensors")} == made
+    again = json.loads((folder / f"{name}.json").read_text())["rows"]
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in again] == \
+        [{k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]]
