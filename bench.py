@@ -1,8 +1,10 @@
-"""Speed and memory: attention kernels, generation, training; SA against SWA side by side in one run.
+"""Speed and memory: attention kernels, generation, training;
+SA against SWA side by side in one run.
 
-Every comparison alternates its contestants and reports medians, so that ratios hold on a noisy machine. On a
-GPU the shape is Qwen2.5-1.5B's by default; on a CPU the CPU paths run, at sizes that take minutes. Weights
-are random: speed does not depend on them, and nothing is downloaded. Peers run where they are installed.
+Every comparison alternates its contestants and reports medians, so that ratios hold on a noisy
+machine. On a GPU the shape is Qwen2.5-1.5B's by default; on a CPU the CPU paths run, at sizes that
+take minutes. Weights are random: speed does not depend on them, and nothing is downloaded. Peers
+run where they are installed.
 
 Left out on purpose: accuracy (eval.py), and single absolute times as pass or fail.
 
@@ -22,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from convert_sft import (TINY, Parser, Trainer, describe_machine, make_row, memory_plan, pick_device)
+from convert_sft import TINY, Parser, Trainer, describe_machine, make_row, memory_plan, pick_device
 from model import Decoder, ModelConfig, RingCache, Transformer, cli, generate, write_file
 from rl import grpo_loss
 from swa_kernel import swa_attention, swa_attention_reference, swa_decode
@@ -30,14 +32,15 @@ from swa_kernel import swa_attention, swa_attention_reference, swa_decode
 COLORS = {"SA": "#E69F00", "SWA": "#0072B2", "other": "#009E73"}  # Okabe-Ito
 SHAPES = {  # the published configurations; tiny is the miniature's
     "tiny": TINY,
-    "smollm2-135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, max_position_embeddings=8192, rms_norm_eps=1e-5,
-                                rope_theta=1e5, tie_word_embeddings=True),
-    "qwen2.5-1.5b": ModelConfig(151936, 1536, 8960, 28, 12, 2, 128, model_type="qwen2", rope_theta=1e6,
-                                max_position_embeddings=131072, tie_word_embeddings=True),
+    "smollm2-135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, max_position_embeddings=8192,
+                                rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True),
+    "qwen2.5-1.5b": ModelConfig(151936, 1536, 8960, 28, 12, 2, 128, model_type="qwen2",
+                                rope_theta=1e6, max_position_embeddings=131072,
+                                tie_word_embeddings=True),
 }
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # measuring
 
 
@@ -61,9 +64,11 @@ def clock(device):
 
 def copy_bandwidth(device):
     """Bytes a second of a large copy on the device, read plus written: the ceiling of decode."""
-    source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device).random_(255)
+    size = 2**30 if device.type == "cuda" else 2**27
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_(255)
     target = torch.empty_like(source)
-    return 2 * source.numel() / side_by_side({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
+    seconds = side_by_side({"copy": lambda: target.copy_(source)}, 10, device)["copy"]
+    return 2 * source.numel() / seconds
 
 
 def matmul_rate(device, n=8192):
@@ -83,12 +88,14 @@ def random_model(shape, window, device, dtype):
 def table(rows):
     """Prints a list of dicts as Markdown, aligned."""
     def text(x):
-        return x if isinstance(x, str) else "-" if x is None else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
+        return (x if isinstance(x, str) else "-" if x is None
+                else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}")
 
     lines = [list(rows[0]), *([text(row.get(name)) for name in rows[0]] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for i, line in enumerate(lines):
-        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |")
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        print("| " + " | ".join(cells) + " |")
         if i == 0:
             print("|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
 
@@ -113,7 +120,7 @@ def finish(args, name, rows, draw=None):
     print(json.dumps(result), "\n", flush=True)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # kernels
 
 
@@ -124,19 +131,21 @@ def pairs(T, W):
 
 
 def sdpa(backend=None, masked=False):
-    """F.scaled_dot_product_attention on (B, T, H, D): full causal, or with a boolean mask of the window."""
+    """F.scaled_dot_product_attention on (B, T, H, D): full causal, or with a boolean mask of the
+    window."""
     masks = {}
 
     def attend(q, k, v, window):
         T, kind = q.shape[1], {"is_causal": True}
         if masked:
             if (T, window) not in masks:
-                distance = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
+                position = torch.arange(T, device=q.device)
+                distance = position[:, None] - position
                 masks[T, window] = (distance >= 0) & (distance < (window or T))
             kind = {"attn_mask": masks[T, window]}
         with sdpa_kernel([backend] if backend else list(SDPBackend.__members__.values())):
-            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), enable_gqa=True,
-                                                  **kind).transpose(1, 2)
+            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),
+                                                  enable_gqa=True, **kind).transpose(1, 2)
 
     return attend
 
@@ -150,8 +159,8 @@ def flex_attention():
     def attend(q, k, v, window):
         T, W = q.shape[1], window or q.shape[1]
         if (T, W) not in masks:
-            masks[T, W] = flex.create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < W), None, None, T, T,
-                                                 device=q.device)
+            masks[T, W] = flex.create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < W),
+                                                 None, None, T, T, device=q.device)
         return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=masks[T, W],
                         enable_gqa=True).transpose(1, 2)
 
@@ -162,19 +171,23 @@ def bench_kernels(args):
     """Forward, backward and decode; credited operations 4 and 10 a pair, head and dimension."""
     device, gpu = args.torch_device, args.torch_device.type == "cuda"
     dtype, (H, Hkv) = (torch.bfloat16, (12, 2)) if gpu else (torch.float32, (2, 1))
-    lengths, windows = ([2**n for n in range(11, 18)], [1024, 2048, 4096, 8192, None]) if gpu else ([1024, 4096, 16384], [512])
+    lengths, windows = (([2**n for n in range(11, 18)], [1024, 2048, 4096, 8192, None])
+                        if gpu else ([1024, 4096, 16384], [512]))
     contestants = {  # name: (function, takes a window, longest T)
         "swa_kernel": (swa_attention, True, 2**20),
         **({"FlexAttention": (flex_attention(), True, 2**20),
             "SDPA flash": (sdpa(SDPBackend.FLASH_ATTENTION), False, 2**20),
             "SDPA cuDNN": (sdpa(SDPBackend.CUDNN_ATTENTION), False, 2**20),
-            "naive twin": (swa_attention_reference, True, 4096)} if gpu else {"SDPA, full mask": (sdpa(masked=True), True, 2**20)}),
+            "naive twin": (swa_attention_reference, True, 4096)}
+           if gpu else {"SDPA, full mask": (sdpa(masked=True), True, 2**20)}),
     }
     rate, bandwidth, rows = matmul_rate(device), copy_bandwidth(device), []
-    print(f"ceilings: matrix product {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s", flush=True)
+    print(f"ceilings: matrix product {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s",
+          flush=True)
     for D in (128, 64) if gpu else (64,):
         for T in lengths:
-            q, k, v = (torch.randn(1, T, h, D, device=device, dtype=dtype, requires_grad=True) for h in (H, Hkv, Hkv))
+            q, k, v = (torch.randn(1, T, h, D, device=device, dtype=dtype, requires_grad=True)
+                       for h in (H, Hkv, Hkv))
             gradient = torch.randn_like(q)
             for W in [w for w in windows if (w or 0) < T]:
                 runs, memory = {}, {}
@@ -187,40 +200,53 @@ def bench_kernels(args):
                         before = torch.cuda.memory_allocated() if gpu else 0
                         o = attend(q, k, v, W)
                         torch.autograd.grad(o, (q, k, v), gradient, retain_graph=True)
-                        memory[name] = (torch.cuda.max_memory_allocated() - before) / 1e6 if gpu else None
-                    except RuntimeError as error:  # a peer without a kernel for this shape, or out of memory
-                        print(f"  {name}, T={T}, W={W}, D={D} left out: {str(error).splitlines()[0][:90]}", flush=True)
+                        peak = torch.cuda.max_memory_allocated() if gpu else 0
+                        memory[name] = (peak - before) / 1e6 if gpu else None
+                    except RuntimeError as error:
+                        # A peer without a kernel for this shape, or out of memory
+                        print(f"  {name}, T={T}, W={W}, D={D} left out: "
+                              f"{str(error).splitlines()[0][:90]}", flush=True)
                         continue
-                    runs[name, "forward"] = torch.no_grad()(lambda attend=attend, W=W, x=(q, k, v): attend(*x, W))
-                    runs[name, "backward"] = lambda o=o, x=(q, k, v), g=gradient: torch.autograd.grad(o, x, g, retain_graph=True)
-                for (name, part), s in side_by_side(runs, 10 * args.repeats if gpu else args.repeats, device).items():
+                    runs[name, "forward"] = torch.no_grad()(
+                        lambda attend=attend, W=W, x=(q, k, v): attend(*x, W))
+                    runs[name, "backward"] = lambda o=o, x=(q, k, v), g=gradient: (
+                        torch.autograd.grad(o, x, g, retain_graph=True))
+                turns = 10 * args.repeats if gpu else args.repeats
+                for (name, part), s in side_by_side(runs, turns, device).items():
                     flops = (4 if part == "forward" else 10) * H * D * pairs(T, W)
-                    rows.append({"part": part, "what": name, "D": D, "T": T, "W": W or "full", "ms": s * 1e3,
-                                 "TFLOP/s": flops / s / 1e12, "of ceiling": flops / s / rate, "MB": memory[name]})
+                    rows.append({"part": part, "what": name, "D": D, "T": T, "W": W or "full",
+                                 "ms": s * 1e3, "TFLOP/s": flops / s / 1e12,
+                                 "of ceiling": flops / s / rate, "MB": memory[name]})
                 print(f"  D={D} T={T} W={W or 'full'} done", flush=True)
     for B, S in ((1, 4096), (64, 4096), (16, 32768)) if gpu else ((128, 24), (8, 512)):
         D = 128 if gpu else 64
-        q, k, v = (torch.randn(*shape, device=device, dtype=dtype) for shape in ((B, H, D), (B, S, Hkv, D), (B, S, Hkv, D)))
+        q, k, v = (torch.randn(*shape, device=device, dtype=dtype)
+                   for shape in ((B, H, D), (B, S, Hkv, D), (B, S, Hkv, D)))
         position, size = torch.full((B,), S + 3, device=device), 2 * k.numel() * k.element_size()
+        heads_first = q[:, :, None], k.transpose(1, 2), v.transpose(1, 2)
         runs = {"swa_kernel": lambda x=(q, k, v, position): swa_decode(*x),
-                "SDPA": lambda q=q[:, :, None], k=k.transpose(1, 2), v=v.transpose(1, 2): F.scaled_dot_product_attention(
-                    q, k, v, enable_gqa=True)}
+                "SDPA": lambda x=heads_first: F.scaled_dot_product_attention(*x, enable_gqa=True)}
         if gpu:  # as generation runs it, without launch gaps
             runs |= {f"{name}, graph": captured(run) for name, run in list(runs.items())}
         for name, s in side_by_side(runs, 20 * args.repeats, device).items():
-            rows.append({"part": "decode", "what": f"{name}, batch {B}", "D": D, "T": 1, "W": S, "ms": s * 1e3, "TFLOP/s": None,
-                         "of ceiling": size / s / bandwidth, "MB": size / 1e6})
+            rows.append({"part": "decode", "what": f"{name}, batch {B}", "D": D, "T": 1, "W": S,
+                         "ms": s * 1e3, "TFLOP/s": None, "of ceiling": size / s / bandwidth,
+                         "MB": size / 1e6})
 
     def draw(plt):
         figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
         D = rows[0]["D"]
-        for axis, part in zip(axes, ("forward", "backward")):
+        for axis, part in zip(axes, ("forward", "backward"), strict=True):
             names = dict.fromkeys(r["what"] for r in rows if r["part"] == part)
-            for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), names):
-                for W, style in zip([w or "full" for w in windows], ("o-", "s--", "^:", "v-.", "D-")):
-                    line = [(r["T"], r["ms"]) for r in rows if (r["part"], r["what"], r["W"], r["D"]) == (part, name, W, D)]
+            for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), names,
+                                   strict=False):
+                for W, style in zip([w or "full" for w in windows],
+                                    ("o-", "s--", "^:", "v-.", "D-"), strict=False):
+                    line = [(r["T"], r["ms"]) for r in rows
+                            if (r["part"], r["what"], r["W"], r["D"]) == (part, name, W, D)]
                     if line:
-                        axis.loglog(*zip(*line), style, color=color, label=f"{name}, W={W}", markersize=4)
+                        axis.loglog(*zip(*line, strict=True), style, color=color,
+                                    label=f"{name}, W={W}", markersize=4)
             axis.set(title=f"{part}, D={D}", xlabel="sequence length (tokens)")
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("time (ms)")
@@ -240,12 +266,13 @@ def captured(run):
     return graph.replay
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # generation
 
 
 def decode_seconds(model, slots, length, steps=24, points=4):
-    """Mean seconds of a decode step over a generation of `length` tokens: the middle of each quarter."""
+    """Mean seconds of a decode step over a generation of `length` tokens: the middle of each
+    quarter."""
     decoder = Decoder(model, slots, length, max_new_tokens=10**6 // slots + 2 * steps, n_ids=None)
     total = 0.0
     for i in range(points):
@@ -263,7 +290,8 @@ def decode_seconds(model, slots, length, steps=24, points=4):
 
 @torch.no_grad()
 def bench_generate_gpu(args):
-    """Tokens/s and memory against the context: each with the most slots that fit, and with the same batch."""
+    """Tokens/s and memory against the context: each with the most slots that fit, and with the
+    same batch."""
     device, rows, batch = args.torch_device, [], 16
     bandwidth = copy_bandwidth(device)
     for context in (4096, 8192, 16384, 32768, 65536):
@@ -276,22 +304,26 @@ def bench_generate_gpu(args):
             for name, slots in (("same memory", most), ("same batch", batch)):
                 torch.cuda.reset_peak_memory_stats()
                 seconds = decode_seconds(model, slots, context)
-                filled = sum(min(context * (i + 0.5) / 4, (w or context)) for w in model.config.windows for i in range(4)) / 4
-                read = weights + slots * filled * slot / sum(min(w or context, context) for w in model.config.windows)
+                filled = sum(min(context * (i + 0.5) / 4, (w or context))
+                             for w in model.config.windows for i in range(4)) / 4
+                positions = sum(min(w or context, context) for w in model.config.windows)
+                read = weights + slots * filled * slot / positions
                 row |= {f"slots, {name}": slots, f"tok/s, {name}": slots / seconds,
                         f"share of bandwidth, {name}": read / bandwidth / seconds,
                         f"peak GB, {name}": torch.cuda.max_memory_allocated() / 1e9}
             rows.append(row)
-            print(f"  context {context}, window {window or 'full'}: {row['tok/s, same memory']:,.0f} tok/s", flush=True)
+            print(f"  context {context}, window {window or 'full'}: "
+                  f"{row['tok/s, same memory']:,.0f} tok/s", flush=True)
             del model
 
     def draw(plt):
         figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
         for window, style in (("full", "o-"), (2048, "s--"), (4096, "^--"), (8192, "v--")):
             own = [r for r in rows if r["window"] == window]
-            for axis, column in zip(axes, ("tok/s, same memory", "cache MB/seq")):
+            for axis, column in zip(axes, ("tok/s, same memory", "cache MB/seq"), strict=True):
                 axis.loglog([r["context"] for r in own], [r[column] for r in own], style, base=2,
-                            color=COLORS["SA" if window == "full" else "SWA"], label=f"window {window}")
+                            color=COLORS["SA" if window == "full" else "SWA"],
+                            label=f"window {window}")
                 axis.set(xlabel="context (tokens)", ylabel=column)
         axes[0].legend(fontsize=8)
         return figure
@@ -311,18 +343,20 @@ def bench_generate_cpu(args):
 
     shape = args.shape
     prompts = torch.randint(0, SHAPES[shape].vocab_size, (8, 64)).tolist()
-    models = {f"{shape}, 8 x {args.new} tokens, window {w or 'full'}": random_model(shape, w, device, torch.float32)
-              for w in (None, 128)}
-    contestants = {name: lambda m=m: generate(m, prompts, args.new, seed=0) for name, m in models.items()}
+    models = {f"{shape}, 8 x {args.new} tokens, window {w or 'full'}":
+              random_model(shape, w, device, torch.float32) for w in (None, 128)}
+    contestants = {name: lambda m=m: generate(m, prompts, args.new, seed=0)
+                   for name, m in models.items()}
     peer = transformers_model(next(iter(models.values())))
     if peer is not None:
         ids = torch.tensor(prompts)
         contestants["transformers generate, full"] = lambda: peer.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, max_new_tokens=args.new,
-            min_new_tokens=args.new, pad_token_id=0)
+            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
+            max_new_tokens=args.new, min_new_tokens=args.new, pad_token_id=0)
     seconds = side_by_side(contestants, args.repeats, device)
     last = list(seconds.values())[-1]
-    rows += [{"what": name, "tok/s": 8 * args.new / s, "x transformers": last / s if peer is not None else None}
+    rows += [{"what": name, "tok/s": 8 * args.new / s,
+              "x transformers": last / s if peer is not None else None}
              for name, s in seconds.items()]
 
     for window in (256, None):  # a ring is as large at its first token as at its last
@@ -334,8 +368,9 @@ def bench_generate_cpu(args):
         for i in range(1, args.long + 1):
             decoder.step(1)
             if i in marks:
-                rows.append({"what": f"tiny, window {window or 'full'}, token {i}", "cache MB": cache,
-                             "peak process MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3})
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+                rows.append({"what": f"tiny, window {window or 'full'}, token {i}",
+                             "cache MB": cache, "peak process MB": peak})
     finish(args, f"generate-cpu-{shape}", [{"what": r["what"], **{k: r.get(k) for k in (
         "tok/s", "x transformers", "cache MB", "peak process MB")}} for r in rows])
 
@@ -349,21 +384,24 @@ def transformers_model(model):
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype).to(model.device)
+        peer = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
+        return peer.to(model.device)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # training
 
 
 def attention_flops(config, lengths):
-    """Forward 4 and backward 10 operations a visible pair, head and dimension (kernel convention)."""
+    """Forward 4 and backward 10 operations a visible pair, head and dimension (kernel
+    convention)."""
     per_pair = 14 * config.num_attention_heads * config.head_dim
     return sum(per_pair * pairs(T, w) for T in lengths for w in config.windows)
 
 
 def bench_train(args):
-    """An SFT step and an RL update at each length, SA against SWA; share of the matrix ceiling (MFU)."""
+    """An SFT step and an RL update at each length, SA against SWA; share of the matrix ceiling
+    (MFU)."""
     device, rows = args.torch_device, []
     gpu = device.type == "cuda"
     dtype, rate = torch.float32, matmul_rate(device)
@@ -387,7 +425,8 @@ def bench_train(args):
             name = f"T={T}, window {w or 'full'}"
             if gpu:  # one model at a time, or the memory would not be its own
                 torch.cuda.reset_peak_memory_stats()
-                seconds = side_by_side({f"{name}, SFT": sft, f"{name}, RL update": rl}, args.repeats, device)
+                seconds = side_by_side({f"{name}, SFT": sft, f"{name}, RL update": rl},
+                                       args.repeats, device)
                 peaks[w] = torch.cuda.max_memory_allocated() / 1e9
                 rows += train_rows(seconds, model.config, T, tokens, rate, peaks[w])
                 del model, trainer, sft, rl
@@ -397,7 +436,8 @@ def bench_train(args):
             peer = transformers_step(random_model(args.shape, None, device, dtype), data)
             if peer:
                 contestants[f"T={T}, transformers + AdamW, full"] = peer
-            rows += train_rows(side_by_side(contestants, args.repeats, device), SHAPES[args.shape], T, tokens, rate)
+            seconds = side_by_side(contestants, args.repeats, device)
+            rows += train_rows(seconds, SHAPES[args.shape], T, tokens, rate)
     finish(args, f"train-{'gpu' if gpu else 'cpu'}-{args.shape}", rows)
 
 
@@ -410,8 +450,8 @@ def train_rows(seconds, config, T, tokens, rate, peak=None):
         windowed = ModelConfig(**{**vars(config), "window": window})
         flops = 6 * P * tokens + attention_flops(windowed, [T] * (tokens // T))
         plan = sum(size for _, size in memory_plan(windowed, tokens)) / 1e9 if peak else None
-        rows.append({"what": name, "tok/s": tokens / s, "MFU": flops / s / rate, "peak GB": peak, "planned GB": plan,
-                     "x the last": list(seconds.values())[-1] / s})
+        rows.append({"what": name, "tok/s": tokens / s, "MFU": flops / s / rate, "peak GB": peak,
+                     "planned GB": plan, "x the last": list(seconds.values())[-1] / s})
         print(f"  {name}: {tokens / s:,.0f} tok/s", flush=True)
     return rows
 
@@ -433,17 +473,22 @@ def transformers_step(model, data):
     return step
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def parser():
-    parser = Parser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("what", nargs="?", choices=["all", "kernels", "generate", "train"], default="all", help="part")
-    parser.add_argument("--shape", choices=SHAPES, help="model shape (GPU: qwen2.5-1.5b, CPU: smollm2-135m)")
+    parser = Parser(description=__doc__.split("\n\n")[0],
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["all", "kernels", "generate", "train"],
+                        default="all", help="part")
+    parser.add_argument("--shape", choices=SHAPES,
+                        help="model shape (GPU: qwen2.5-1.5b, CPU: smollm2-135m)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
     parser.add_argument("--out", default="out/bench", help="folder of the JSON files and pictures")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each contestant; medians count")
-    parser.add_argument("--memory", type=float, default=60, help="GB for weights and cache in the same-memory comparison")
+    parser.add_argument("--repeats", type=int, default=3,
+                        help="turns of each contestant; medians count")
+    parser.add_argument("--memory", type=float, default=60,
+                        help="GB for weights and cache in the same-memory comparison")
     parser.add_argument("--new", type=int, default=256, help="new tokens of the CPU generation")
     parser.add_argument("--long", type=int, default=32768, help="tokens of the long CPU generation")
     return parser

@@ -365,9 +365,12 @@ def recipe(args, seed, variant=None, start=None, rows=None, **changes):
         if start and not (folder / "config.json").exists():
             model = Transformer.from_pretrained(start, window=as_window(stage.window))
             model.save_pretrained(folder)
-        if rows:
-            stage.sft_data, lines = str(folder.parent / "sft.jsonl"), map(json.dumps, rows)
-            write_file(Path(stage.sft_data), lambda f: f.write_text("\n".join(lines)))
+        if rows:  # the name tells other rows, so that a run on other data is not taken for this one
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            file = folder.parent / f"sft-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, lambda f: f.write_text(text))
+            stage.sft_data = str(file)
     return stage
 
 
@@ -392,11 +395,9 @@ def arms(args, table, job=run_arm, workers=None):
 
 def run_sft(stage):
     """Stage 1 alone, validated."""
-    folder = stage_folder(stage, "sft")
-    if not (folder / "config.json").exists():
-        convert(other_stage(
-            stage, convert_sft.SETTINGS, window=stage.window, instruction=stage.instruction,
-            micro_tokens=stage.micro_tokens, steps=stage.sft_steps, data=stage.sft_data))
+    folder = convert(other_stage(
+        stage, convert_sft.SETTINGS, window=stage.window, instruction=stage.instruction,
+        micro_tokens=stage.micro_tokens, steps=stage.sft_steps, data=stage.sft_data))
     return {"sft": validate(folder, stage)}
 
 
@@ -538,11 +539,12 @@ def cross_sft(args):
     arms(args, BOTH)
     data = run_all(trajectories, [(args, seed) for seed in args.seeds], args.workers)
     data, table, rows = dict(zip(args.seeds, data)), {}, []
+    short = args.model[0] == "tiny" and "--sft-steps" not in args.rest  # few examples
     for key in data[args.seeds[0]]:
         for student, changes in BOTH.items():
             table[(*key, student)] = lambda seed, key=key, changes=changes: {
                 "variant": f"cross-sft/{'-'.join(key)}", "rows": data[seed][key],
-                "sft_steps": 150 if args.model[0] == "tiny" else None, **changes}
+                **({"sft_steps": 150} if short else {}), **changes}
     for (pairing, teacher, student), results in arms(args, table, run_sft).items():
         used = [row for mine in data.values() for row in mine[pairing, teacher]]
         rows.append({"problems": pairing, "trajectories": f"{teacher}-RL's", "student": student,

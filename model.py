@@ -3,12 +3,12 @@
 One decoder-only transformer (RMSNorm, RoPE, grouped-query attention, SwiGLU) covers Qwen2/Qwen2.5,
 Qwen3 and the Llama family, with Hugging Face's parameter names, so that real weights load without
 renaming or permuting. Sliding-window attention (SWA) is one number in the config, `window`; full
-self-attention (SA) is `window=None` on the same code path. The transformer does not know about caches:
-it is handed a function `attend(layer, q, k, v)`, which is swa_attention in training and a RingCache's
-prefill or decode in generation.
+self-attention (SA) is `window=None` on the same code path. The transformer does not know about
+caches: it is handed a function `attend(layer, q, k, v)`, which is swa_attention in training and a
+RingCache's prefill or decode in generation.
 
-Left out on purpose: mixture of experts, dropout, quantisation, tensor parallelism, paged caches (a ring
-has constant size, so there is nothing to page), RoPE scalings other than Llama-3's.
+Left out on purpose: mixture of experts, dropout, quantisation, tensor parallelism, paged caches (a
+ring has constant size, so there is nothing to page), RoPE scalings other than Llama-3's.
 
     python eval.py --model out/tiny/rl-w24 --prompt "a3b0c4d1?"
     python -m pytest tests/test_model.py
@@ -39,7 +39,8 @@ from torch.utils.checkpoint import checkpoint
 
 from swa_kernel import swa_attention, swa_decode
 
-LOGITS_PER_CHUNK = 2**26  # elements of one chunk of logits: 256 MB in float32, whatever the vocabulary
+# Elements of one chunk of logits: 256 MB in float32, whatever the vocabulary
+LOGITS_PER_CHUNK = 2**26
 PREFILL_TOKENS = 8192  # tokens of one prefill forward; longer prompts go chunk by chunk
 
 
@@ -48,22 +49,23 @@ class UsageError(ValueError):
 
 
 def cli(main):
-    """Runs a script's main(); a UsageError or Ctrl-C becomes one sentence on stderr and an exit code."""
+    """Runs a script's main(); a UsageError or Ctrl-C becomes one sentence on stderr and an exit
+    code."""
     try:
         main()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory: lower --slots (generation) or --micro-tokens (training), or shorten "
-              f"--max-new-tokens ({str(error).splitlines()[0]})", file=sys.stderr)
+        print("error: out of memory: lower --slots (generation) or --micro-tokens (training), or "
+              f"shorten --max-new-tokens ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # configuration
 
 
@@ -105,31 +107,35 @@ class ModelConfig:
     @property
     def windows(self):
         """The window of each layer."""
-        return [None if i in self.full_layers else self.window for i in range(self.num_hidden_layers)]
+        return [None if i in self.full_layers else self.window
+                for i in range(self.num_hidden_layers)]
 
     @classmethod
     def from_dict(cls, d):
-        """From a parsed config.json; UsageError names whatever this transformer does not compute."""
+        """From a parsed config.json; UsageError names whatever this transformer does not
+        compute."""
         if d.get("model_type") == "nanoswarr":
             d = d | {"model_type": d["base_model_type"]}
         kind = d.get("model_type")
         if kind not in ("qwen2", "qwen3", *LLAMA_FAMILY):
-            raise UsageError(f"model_type {kind!r} is not supported: use a Qwen2, Qwen2.5, Qwen3, Llama or "
-                             "Mistral checkpoint")
+            raise UsageError(f"model_type {kind!r} is not supported: use a Qwen2, Qwen2.5, Qwen3, "
+                             "Llama or Mistral checkpoint")
         unsupported = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": kind == "qwen2",
                        "partial_rotary_factor": 1.0}
         for key, computed in unsupported.items():
             if d.get(key, computed) != computed:
                 raise UsageError(f"config.json says {key}={d[key]!r}, which is not supported here")
         known = {f.name for f in fields(cls)} - {"extra", "rope_scaling", "window", "full_layers"}
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                               "num_attention_heads") if k not in d]
+        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size",
+                               "num_hidden_layers", "num_attention_heads") if k not in d]
         if missing:
-            raise UsageError(f"config.json lacks {', '.join(missing)}: it is not a causal language model's")
+            raise UsageError(f"config.json lacks {', '.join(missing)}: "
+                             "it is not a causal language model's")
         rope = d.get("rope_parameters") or d.get("rope_scaling") or {}  # transformers 5, or before
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         if rope_type not in ("default", "llama3"):
-            raise UsageError(f"RoPE scaling {rope_type!r} is not supported (default and llama3 are)")
+            raise UsageError(f"RoPE scaling {rope_type!r} is not supported "
+                             "(default and llama3 are)")
         derived = {
             "num_key_value_heads": d.get("num_key_value_heads") or d["num_attention_heads"],
             "head_dim": d.get("head_dim") or d["hidden_size"] // d["num_attention_heads"],
@@ -138,8 +144,8 @@ class ModelConfig:
         }
         window, full = cls._window_of(d, kind)
         extra = {k: v for k, v in d.items() if k not in known and k not in WINDOW_KEYS}
-        return cls(**({k: d[k] for k in known if k in d} | derived), window=window, full_layers=full,
-                   extra=extra)
+        return cls(**({k: d[k] for k in known if k in d} | derived), window=window,
+                   full_layers=full, extra=extra)
 
     @staticmethod
     def _window_of(d, kind):
@@ -151,13 +157,15 @@ class ModelConfig:
         if d.get("layer_types"):
             full = tuple(i for i, t in enumerate(d["layer_types"]) if t == "full_attention")
         else:
-            full = tuple(range(min(n, d.get("max_window_layers", 28)))) if kind.startswith("qwen") else ()
+            full = (tuple(range(min(n, d.get("max_window_layers", 28))))
+                    if kind.startswith("qwen") else ())
         return (None, ()) if window is None or len(full) == n else (window, full)
 
     def to_dict(self):
         """A config.json that transformers and vLLM open with the same window in the same layers."""
         d = {f.name: getattr(self, f.name) for f in fields(self)}
-        d = d.pop("extra") | {k: v for k, v in d.items() if k not in ("window", "full_layers", "nope_full")}
+        d = d.pop("extra") | {k: v for k, v in d.items()
+                              if k not in ("window", "full_layers", "nope_full")}
         d["rope_parameters"] = {"rope_type": "default", **(self.rope_scaling or {}),
                                 "rope_theta": self.rope_theta}
         layer_types = ["full_attention" if w is None else "sliding_attention" for w in self.windows]
@@ -172,7 +180,8 @@ class ModelConfig:
                   "sliding_window": self.window, "layer_types": layer_types}
         architectures = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", **LLAMA_FAMILY}
         d["architectures"] = [architectures[d["model_type"]]]
-        if self.nope_full:  # nobody else computes this, so nobody else may open it as something it is not
+        if self.nope_full:
+            # Nobody else computes this, so nobody else may open it as something it is not
             d |= {"nope_full": True, "model_type": "nanoswarr", "base_model_type": d["model_type"]}
         return d
 
@@ -180,20 +189,24 @@ class ModelConfig:
 LLAMA_FAMILY = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
                 "ministral": "MinistralForCausalLM"}
 WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
-               "rope_parameters", "architectures", "full_layers", "window", "rope_scaling", "base_model_type")
+               "rope_parameters", "architectures", "full_layers", "window", "rope_scaling",
+               "base_model_type")
 
 
 def check_window(window):
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise UsageError(f"window {window!r}: give a whole number of keys >= 1, or full for full attention")
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int)
+                               or window < 1):
+        raise UsageError(f"window {window!r}: give a whole number of keys >= 1, "
+                         "or full for full attention")
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # transformer
 
 
 def rope_frequencies(config):
-    """Angles per position, (D/2,) float32, half-split convention; Llama-3's scaling where asked for."""
+    """Angles per position, (D/2,) float32, half-split convention;
+    Llama-3's scaling where asked for."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
     frequency = 1.0 / config.rope_theta ** (exponent / config.head_dim)
     scaling = config.rope_scaling
@@ -272,7 +285,8 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. `checkpointing = True` recomputes each block in backward instead of storing it."""
+    """The decoder. `checkpointing = True` recomputes each block in backward instead of
+    storing it."""
 
     def __init__(self, config):
         super().__init__()
@@ -305,7 +319,8 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.frequencies.device != x.device:
             self.frequencies = self.frequencies.to(x.device)
-        angle = positions[..., None].float() * self.frequencies  # (B or 1, T, D/2), float32 as in transformers
+        # (B or 1, T, D/2), float32 as in transformers
+        angle = positions[..., None].float() * self.frequencies
         cos, sin = angle.cos(), angle.sin()
         rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         rope = [t.to(x.dtype)[:, :, None] for t in rope]  # (B or 1, T, 1, D)
@@ -322,10 +337,10 @@ class Transformer(nn.Module):
         """tokens (B, T) -> logits (B, T, V).
 
         cu_seqlens (N+1,) int32: B is 1 and N rows lie packed one after another.
-        targets (B, T), -1 where nothing is asked: returns instead log p(target) and the entropy in nats,
-        both (B, T) float32 and 0 where not asked, of softmax(logits / temperature). The logits are made
-        in chunks of tokens, so that a (T, V) matrix never exists: at 32k tokens and 152k words it would
-        take 20 GB.
+        targets (B, T), -1 where nothing is asked: returns instead log p(target) and the entropy in
+        nats, both (B, T) float32 and 0 where not asked, of softmax(logits / temperature). The
+        logits are made in chunks of tokens, so that a (T, V) matrix never exists: at 32k tokens
+        and 152k words it would take 20 GB.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         if cu_seqlens is not None:
@@ -340,7 +355,8 @@ class Transformer(nn.Module):
         return self.lm_head(x) if targets is None else self.score(x, targets, temperature)
 
     def score(self, x, targets, temperature=1.0):
-        """States x (B, T, C), targets (B, T) -> log-probabilities and entropies (B, T); see forward."""
+        """States x (B, T, C), targets (B, T) -> log-probabilities and entropies (B, T);
+        see forward."""
 
         def chunk(x, target):
             logp = log_softmax(self.lm_head(x), temperature)  # (n, V)
@@ -353,17 +369,21 @@ class Transformer(nn.Module):
         parts = [checkpoint(chunk, x[i:i + size], target[i:i + size], use_reentrant=False)
                  if len(x) > size else chunk(x, target) for i in range(0, max(len(x), 1), size)]
         return [torch.zeros(targets.numel(), dtype=p[0].dtype, device=x.device)
-                .index_put((asked,), torch.cat(p)).view_as(targets) for p in zip(*parts)]
+                .index_put((asked,), torch.cat(p)).view_as(targets)
+                for p in zip(*parts, strict=True)]
 
     # -- Hugging Face folders
 
     @classmethod
-    def from_pretrained(cls, name_or_path, window="config", full_layers="config", device=None, dtype=None):
-        """A Hugging Face folder or hub id -> Transformer; safetensors only, every tensor accounted for.
+    def from_pretrained(cls, name_or_path, window="config", full_layers="config", device=None,
+                        dtype=None):
+        """A Hugging Face folder or hub id -> Transformer; safetensors only, every tensor
+        accounted for.
 
-        window: "config" keeps what the folder says (a converted model keeps its window), None is full
-        attention, an int that many keys. full_layers: "config", or the layers that stay at full
-        attention. dtype: None keeps the folder's. UsageError: one sentence about what is missing or wrong.
+        window: "config" keeps what the folder says (a converted model keeps its window), None is
+        full attention, an int that many keys. full_layers: "config", or the layers that stay at
+        full attention. dtype: None keeps the folder's. UsageError: one sentence about what is
+        missing or wrong.
         """
         folder = resolve(name_or_path, ["*.json", "*.safetensors", "*.jinja"])
         d = read_json(folder / "config.json")
@@ -379,37 +399,44 @@ class Transformer(nn.Module):
         if config.tie_word_embeddings:
             weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
         expected = model.state_dict()
-        for what, names in (("lacks", expected.keys() - weights), ("has unknown", weights.keys() - expected)):
+        for what, names in (("lacks", expected.keys() - weights),
+                            ("has unknown", weights.keys() - expected)):
             if names:
                 raise UsageError(f"{folder} {what} tensors {', '.join(sorted(names)[:3])}"
-                                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}: the weights and "
-                                 "config.json do not belong together, or a download is incomplete")
+                                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}: the "
+                                 "weights and config.json do not belong together, or a download "
+                                 "is incomplete")
         for name, tensor in expected.items():
             if weights[name].shape != tensor.shape:
-                raise UsageError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, config.json asks "
-                                 f"for {tuple(tensor.shape)}")
+                raise UsageError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, "
+                                 f"config.json asks for {tuple(tensor.shape)}")
         model.load_state_dict(weights, assign=True)
         model.tie()
-        names = (*TOKENIZER_FILES, "config.json")  # config.json may be the only one to name the stop ids
-        model.tokenizer_files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name in names}
+        # config.json may be the only one to name the stop ids
+        names = (*TOKENIZER_FILES, "config.json")
+        model.tokenizer_files = {p.name: p.read_bytes() for p in folder.iterdir()
+                                 if p.name in names}
         return model
 
     def save_pretrained(self, folder, weights=None):
         """config.json, model.safetensors and the tokenizer's files: a plain Hugging Face folder.
 
-        weights: a full state dict where the parameters are sharded. config.json comes last, under its
-        final name only when complete: a folder without one is no model, whenever the power fails.
+        weights: a full state dict where the parameters are sharded. config.json comes last, under
+        its final name only when complete: a folder without one is no model, whenever the power
+        fails.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().contiguous() for k, v in (weights or self.state_dict()).items()
                    if not (self.config.tie_word_embeddings and k == "lm_head.weight")}
-        config = self.config.to_dict() | {"torch_dtype": str(next(iter(weights.values())).dtype)[6:]}
+        dtype = next(iter(weights.values())).dtype
+        config = self.config.to_dict() | {"torch_dtype": str(dtype)[6:]}
         (folder / "config.json").unlink(missing_ok=True)
         write_file(folder / "model.safetensors", lambda f: save_file(weights, f, {"format": "pt"}))
         for name in TOKENIZER_FILES:
             if name in self.tokenizer_files:
-                write_file(folder / name, lambda f: f.write_bytes(self.tokenizer_files[name]))
+                write_file(folder / name,
+                           lambda f, name=name: f.write_bytes(self.tokenizer_files[name]))
         write_file(folder / "config.json", lambda f: f.write_text(json.dumps(config, indent=2)))
 
 
@@ -428,16 +455,18 @@ def resolve(name_or_path, patterns):
     path = Path(name_or_path)
     if path.is_dir():
         return path
-    if path.exists() or str(name_or_path).count("/") != 1 or str(name_or_path).startswith((".", "/", "~")):
-        raise UsageError(f"{name_or_path} is not a model folder: give a folder with config.json, or a "
-                         "Hugging Face id such as Qwen/Qwen2.5-0.5B")
+    if (path.exists() or str(name_or_path).count("/") != 1
+            or str(name_or_path).startswith((".", "/", "~"))):
+        raise UsageError(f"{name_or_path} is not a model folder: give a folder with config.json, "
+                         "or a Hugging Face id such as Qwen/Qwen2.5-0.5B")
     import huggingface_hub  # a dependency of datasets; imported here since it takes a second
 
     try:
         return Path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=patterns))
     except Exception as error:  # network, authorisation, unknown id: many types, one cure
-        raise UsageError(f"{name_or_path} is neither a folder here nor could it be fetched from the hub: check "
-                         f"the name and the connection ({type(error).__name__})") from None
+        raise UsageError(f"{name_or_path} is neither a folder here nor could it be fetched from "
+                         "the hub: check the name and the connection "
+                         f"({type(error).__name__})") from None
 
 
 def read_json(path):
@@ -455,16 +484,19 @@ def read_json(path):
 def read_weights(folder, dtype=None, device=None):
     """All tensors of a folder's safetensors files, single or sharded; never pickles."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = (sorted(set(read_json(index)["weight_map"].values())) if index.exists()
+             else ["model.safetensors"])
     weights = {}
     for name in names:
         try:
             with safe_open(folder / name, framework="pt", device=str(device or "cpu")) as f:
                 weights |= {key: f.get_tensor(key).to(dtype) for key in f.keys()}
         except FileNotFoundError:
-            raise UsageError(f"{folder} has no {name}: weights load from safetensors only") from None
+            raise UsageError(f"{folder} has no {name}: "
+                             "weights load from safetensors only") from None
         except (SafetensorError, OSError) as error:
-            raise UsageError(f"{folder / name} is damaged or truncated ({error}): fetch it again") from None
+            raise UsageError(f"{folder / name} is damaged or truncated ({error}): "
+                             "fetch it again") from None
     return weights
 
 
@@ -477,7 +509,7 @@ def write_file(path, write):
     os.replace(temporary, path)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # tokenizer
 
 # tokenizer.json spells a byte as a character: itself where it prints, the other 68 from U+0100 on
@@ -710,24 +742,24 @@ class Tokenizer:
         return self.encode(text)
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # ring cache
 
 
 class RingCache:
     """Keys and values of up to `slots` running sequences, each layer a ring of S positions.
 
-    S is min(window, length) in a sliding layer, `length` (the longest sequence) in a full one: SA is the
-    same code with a longer ring. Position p lies at p % S, keys after RoPE. Memory is constant from the
-    first token on, so a freed slot serves the next prompt as it is; what the last owner left is masked
-    until it is overwritten.
+    S is min(window, length) in a sliding layer, `length` (the longest sequence) in a full one: SA
+    is the same code with a longer ring. Position p lies at p % S, keys after RoPE. Memory is
+    constant from the first token on, so a freed slot serves the next prompt as it is; what the
+    last owner left is masked until it is overwritten.
     """
 
     def __init__(self, config, slots, length, device=None, dtype=None):
         sizes = [min(w or length, length) for w in config.windows]
         self.windows = config.windows
-        self.k, self.v = ([torch.zeros(slots, S, config.num_key_value_heads, config.head_dim, device=device,
-                                       dtype=dtype) for S in sizes] for _ in "kv")
+        self.k, self.v = ([torch.zeros(slots, S, config.num_key_value_heads, config.head_dim,
+                                       device=device, dtype=dtype) for S in sizes] for _ in "kv")
 
     @staticmethod
     def bytes_per_slot(config, length, dtype):
@@ -781,13 +813,14 @@ class RingCache:
             ring[targets] = ring[source].clone()
 
 
-# ----------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # generation
 
 
 @dataclass
 class Rollout:
-    """A sampled answer: .tokens end with a stop id if .finished; .logprobs (nats) belong to .tokens."""
+    """A sampled answer: .tokens end with a stop id if .finished;
+    .logprobs (nats) belong to .tokens."""
 
     prompt: list[int]
     tokens: list[int]
@@ -820,22 +853,28 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, n_ids=None):
 
 
 def choose_slots(model, n, length):
-    """As many slots as the sequences need and half of the free memory holds (the rest is activations)."""
+    """As many slots as the sequences need and half of the free memory holds (the rest is
+    activations)."""
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
+    elif sys.platform == "linux":
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     else:
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if sys.platform == "linux" else 2**32
-    return max(1, min(n, 1024, int(0.5 * free / RingCache.bytes_per_slot(model.config, length, model.dtype))))
+        free = 2**32
+    slot = RingCache.bytes_per_slot(model.config, length, model.dtype)
+    return max(1, min(n, 1024, int(0.5 * free / slot)))
 
 
 class Decoder:
     """The running sequences: row i of every tensor, and slot i of the cache, belong to one of them.
 
-    The tensors never move, so that a captured CUDA graph finds them again. A row whose sequence has ended
-    computes along but changes nothing. Everything here is on the device; nothing waits for the host.
+    The tensors never move, so that a captured CUDA graph finds them again. A row whose sequence
+    has ended computes along but changes nothing. Everything here is on the device; nothing waits
+    for the host.
     """
 
-    def __init__(self, model, slots, length, max_new_tokens, temperature=1.0, stop_ids=(), **sampling):
+    def __init__(self, model, slots, length, max_new_tokens, temperature=1.0, stop_ids=(),
+                 **sampling):
         device = model.device
         integers = {"device": device, "dtype": torch.long}
         self.model, self.temperature, self.sampling = model, temperature, sampling
@@ -847,17 +886,19 @@ class Decoder:
             "position": torch.zeros(slots, **integers),  # its position
             "made": torch.zeros(slots, **integers),  # tokens sampled so far
             "alive": torch.zeros(slots, device=device, dtype=torch.bool),
-            "uniform": torch.zeros(slots, max_new_tokens + 1, device=device),  # a random number a token
+            # A random number a token
+            "uniform": torch.zeros(slots, max_new_tokens + 1, device=device),
             "tokens": torch.zeros(slots, max_new_tokens + 1, **integers),
             "logprobs": torch.zeros(slots, max_new_tokens + 1, device=device),
         }
 
     def admit(self, prompts, seeds):
-        """prompts, seeds: {row: prompt}, {row: seed}. Fills the cache with all but each last token: that
-        one is the first step's input, so that a single place samples."""
+        """prompts, seeds: {row: prompt}, {row: seed}. Fills the cache with all but each last
+        token: that one is the first step's input, so that a single place samples."""
         for row, prompt in prompts.items():
             self.rows["token"][row], self.rows["position"][row] = prompt[-1], len(prompt) - 1
-            uniform = torch.rand(self.max_new_tokens, generator=torch.Generator().manual_seed(seeds[row]))
+            generator = torch.Generator().manual_seed(seeds[row])
+            uniform = torch.rand(self.max_new_tokens, generator=generator)
             self.rows["uniform"][row, :-1] = uniform
         rows = torch.tensor(list(prompts), device=self.model.device)
         self.rows["made"][rows], self.rows["alive"][rows] = 0, True
@@ -874,7 +915,8 @@ class Decoder:
             self.prefill(packed, sharing)
 
     def prefill(self, prompts, sharing):
-        tokens = torch.tensor([t for prompt in prompts for t in prompt], device=self.model.device)[None]
+        tokens = torch.tensor([t for prompt in prompts for t in prompt],
+                              device=self.model.device)[None]
         for start in range(0, tokens.shape[1], PREFILL_TOKENS):
             chunk = tokens[:, start:start + PREFILL_TOKENS]
             lengths = [len(p) for p in prompts] if len(prompts) > 1 else [chunk.shape[1]]
@@ -894,10 +936,12 @@ class Decoder:
 
     def step(self, n):
         """Rows 0 to n - 1 each take in one token and sample the next."""
-        token, position, made, alive, uniform, tokens, logprobs = (t[:n] for t in self.rows.values())
+        token, position, made, alive, uniform, tokens, logprobs = (
+            t[:n] for t in self.rows.values())
         x = self.model.hidden(token[:, None], position[:, None], self.cache.decode(position))
         at = made[:, None]
-        new, logp = sample(self.model.lm_head(x[:, 0]), uniform.gather(1, at)[:, 0], self.temperature, **self.sampling)
+        new, logp = sample(self.model.lm_head(x[:, 0]), uniform.gather(1, at)[:, 0],
+                           self.temperature, **self.sampling)
         tokens.scatter_(1, at, new[:, None])
         logprobs.scatter_(1, at, logp[:, None].float())
         token.copy_(new)
@@ -922,12 +966,13 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), slots
              top_k=0, top_p=1.0, n_ids=None, progress=None, stream=None):
     """Samples one answer for each of prompts (lists of ids) -> list[Rollout], in their order.
 
-    Continuous batching: `slots` sequences run at a time (None: what half of the free memory holds, at
-    most 1024), the next prompt enters as soon as one ends, and equal prompts that enter together share
-    one prefill. temperature 0 is greedy. seed: an int (prompt i then uses seed + i) or one a prompt; an
-    answer depends on its own seed only, exactly so in exact arithmetic (matrix products of another batch
-    size may round differently). top_k and top_p are for evaluation: they bias RL's ratios. progress: a
-    label for a line every ten seconds; stream(i, tokens): called with prompt i's new tokens as they come.
+    Continuous batching: `slots` sequences run at a time (None: what half of the free memory holds,
+    at most 1024), the next prompt enters as soon as one ends, and equal prompts that enter
+    together share one prefill. temperature 0 is greedy. seed: an int (prompt i then uses seed + i)
+    or one a prompt; an answer depends on its own seed only, exactly so in exact arithmetic (matrix
+    products of another batch size may round differently). top_k and top_p are for evaluation: they
+    bias RL's ratios. progress: a label for a line every ten seconds; stream(i, tokens): called
+    with prompt i's new tokens as they come.
     """
     if not prompts or max_new_tokens == 0:
         return [Rollout(list(p), [], [], False) for p in prompts]
@@ -935,11 +980,13 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), slots
     if min(map(len, prompts)) == 0:
         raise UsageError("a prompt is empty: give at least one token")
     if longest + max_new_tokens > model.config.max_position_embeddings:
-        raise UsageError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's "
-                         f"{model.config.max_position_embeddings} positions: lower --max-new-tokens")
+        raise UsageError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
+                         f"model's {model.config.max_position_embeddings} positions: "
+                         "lower --max-new-tokens")
     if seed is None:
         seed = int(torch.randint(2**31, ()))
-    seeds = list(seed) if isinstance(seed, (list, tuple)) else [seed + i for i in range(len(prompts))]
+    seeds = (list(seed) if isinstance(seed, (list, tuple))
+             else [seed + i for i in range(len(prompts))])
     slots = min(slots or choose_slots(model, len(prompts), longest + max_new_tokens), len(prompts))
     decoder = Decoder(model, slots, longest + max_new_tokens, max_new_tokens, temperature, stop_ids,
                       top_k=top_k, top_p=top_p, n_ids=n_ids)
@@ -951,13 +998,16 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), slots
         entering = {row: waiting.pop() for row in range(slots) if row not in owner and waiting}
         if entering:
             owner |= entering
-            decoder.admit({r: prompts[i] for r, i in entering.items()}, {r: seeds[i] for r, i in entering.items()})
+            decoder.admit({r: prompts[i] for r, i in entering.items()},
+                          {r: seeds[i] for r, i in entering.items()})
         running = len(owner)
-        holes = [row for row in range(running) if row not in owner]  # only when nobody waits any more:
-        for hole, row in zip(holes, [row for row in owner if row >= running]):
-            decoder.move(row, hole)  # the last rows move up, so that the batch shrinks
+        # Holes only when nobody waits any more: the last rows move up, so that the batch shrinks
+        holes = [row for row in range(running) if row not in owner]
+        for hole, row in zip(holes, [row for row in owner if row >= running], strict=True):
+            decoder.move(row, hole)
             owner[hole] = owner.pop(row)
-        n = min(slots, 1 << (running - 1).bit_length()) if on_gpu else running  # few graphs: powers of two
+        # Few graphs: powers of two
+        n = min(slots, 1 << (running - 1).bit_length()) if on_gpu else running
         for _ in range(8 if on_gpu else 1):  # a GPU is asked only every eighth step who has ended
             decoder.replay(n)
         alive, made = rows["alive"][:running].tolist(), rows["made"][:running].tolist()
@@ -966,11 +1016,14 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), slots
                 stream(i, rows["tokens"][row, streamed.get(i, 0):made[row]].tolist())
                 streamed[i] = made[row]
             if not alive[row]:
-                tokens, logprobs = (rows[k][row, :made[row]].tolist() for k in ("tokens", "logprobs"))
-                done[owner.pop(row)] = Rollout(list(prompts[i]), tokens, logprobs, tokens[-1] in stop_ids)
+                tokens, logprobs = (rows[k][row, :made[row]].tolist()
+                                    for k in ("tokens", "logprobs"))
+                done[owner.pop(row)] = Rollout(list(prompts[i]), tokens, logprobs,
+                                               tokens[-1] in stop_ids)
                 finished_tokens += len(tokens)
         if progress and time.time() - shown > 10:
             shown, total = time.time(), finished_tokens + sum(made[row] for row in owner)
-            print(f"  {progress} {len(done)}/{len(prompts)} | {total / (shown - began):,.0f} tok/s | {len(owner)}/{slots} "
-                  f"slots busy | mean length so far {total / (len(done) + len(owner)):.0f}", flush=True)
+            print(f"  {progress} {len(done)}/{len(prompts)} "
+                  f"| {total / (shown - began):,.0f} tok/s | {len(owner)}/{slots} slots busy "
+                  f"| mean length so far {total / (len(done) + len(owner)):.0f}", flush=True)
     return [done[i] for i in range(len(prompts))]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import convert_sft
 import eval as evaluation
 from convert_sft import INSTRUCTION, Trainer, tiny_base, tiny_problems, tiny_solution
 from eval import (answer_benchmark, bootstrap_ci, information_gap, length_matched, load_benchmark, majority, measure,
@@ -467,6 +468,7 @@ def test_analysis(name, started, monkeypatch, capsys):
                 for p, t in zip(problems, texts)]
 
     monkeypatch.setattr(evaluation, "episodes_of", solved)
+    monkeypatch.setitem(convert_sft.SETTINGS, "held_out", (4, 4, 4, ""))
     monkeypatch.setattr(evaluation.reach_run, "__defaults__", (2, 5))
     flags = "--steps 2 --sft-steps 2 --prompts 2 --group 2 --max-new-tokens 12 --validate 4 --workers 1 --device cpu"
     command = ["--model", "tiny", "--analysis", name, *flags.split(), "--out", started, *more]

@@ -53,8 +53,8 @@ def test_the_tiny_recipe(tmp_path):
     assert {k: again[k] for k in scores} == {k: summary[k] for k in scores}
     assert [[r["step"] for r in logged(f)] for f in arms] == [[1, 2]] * 4
 
-    command = f"--model {arms[1]} {arms[2]} --benchmarks tiny --limit 3 --max-new-tokens 24 --device cpu"
-    assert "tiny" in start("eval", *command.split(), "--out", tmp_path / "out")
+    command = "--benchmarks tiny --limit 3 --max-new-tokens 24 --device cpu --model".split()
+    assert "tiny" in start("eval", "--out", tmp_path / "out", *command, *arms[1:3])
 
 
 def test_stage_one_alone(tmp_path):
@@ -80,9 +80,9 @@ def cut_smollm2(smollm2, tmp_path):
 def test_a_real_model_on_gsm8k(cut_smollm2, data, tmp_path):
     problems = (data / "gsm8k_test.jsonl").read_text().splitlines()[:100]
     (tmp_path / "gsm8k.jsonl").write_text("\n".join(problems))
-    command = (f"--model {cut_smollm2} --data {tmp_path / 'gsm8k.jsonl'} --out {tmp_path} --steps 1 "
-               "--sft-steps 1 --prompts 1 --group 2 --max-new-tokens 8 --validate 1 --window 128")
-    start("rl", *command.split(), "--device", "cpu")
+    command = f"--model {cut_smollm2} --data {tmp_path / 'gsm8k.jsonl'} --out {tmp_path}"
+    start("rl", *command.split(), *"--steps 1 --sft-steps 1 --prompts 1 --group 2 --window 128 "
+          "--max-new-tokens 8 --validate 1 --device cpu".split())
     sft, rl = (tmp_path / "SmolLM2-cut" / f"{stage}-w128" for stage in ("sft", "rl"))
     assert Transformer.from_pretrained(rl).config.window == 128
     assert json.loads((rl / "config.json").read_text())["model_type"] == "mistral"

@@ -452,10 +452,17 @@ def test_a_resumed_sft_repeats_an_undisturbed_one(tmp_path, stop_at_2):
         run("sft", tmp_path / "whole", f"{SFT} --lr 0.5")
 
 
-def test_a_resumed_rl_repeats_an_undisturbed_one(finished, after_sft, stop_at_2):
-    with pytest.raises(Stopped):
+def test_ctrl_c_in_rl_and_the_same_command_again(finished, after_sft, monkeypatch):
+    """The first Ctrl-C finishes the step and saves."""
+    def interrupt(texts, golds):
+        if (after_sft / "tiny" / "rl-w24" / "step-000001").exists():
+            signal.raise_signal(signal.SIGINT)
+        return odd(texts, golds)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(rl, "grade_batch", interrupt)
         run("rl", after_sft, RL.format(4))
-    stop_at_2()
+    assert [r["step"] for r in logged(after_sft / "tiny" / "rl-w24")] == [1, 2]
     whole, resumed = finished / "tiny" / "rl-w24", run("rl", after_sft, RL.format(4))
     same_run(whole, resumed, "step reward length truncated entropy grad_norm lr informative "
                              "logp_gap tok_per_s seconds")
