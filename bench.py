@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from convert_sft import TINY, Parser, Trainer, describe_machine, make_row, memory_plan, pick_device
+from convert_sft import TINY, FlagParser, Trainer, describe_machine, make_row, memory_plan, pick_device
 from model import Decoder, ModelConfig, RingCache, Transformer, cli, generate, write_file
 from rl import grpo_loss
 from swa_kernel import swa_attention, swa_attention_reference, swa_decode
@@ -477,7 +477,7 @@ def transformers_step(model, data):
 
 
 def parser():
-    parser = Parser(description=__doc__.split("\n\n")[0],
+    parser = FlagParser(description=__doc__.split("\n\n")[0],
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["all", "kernels", "generate", "train"],
                         default="all", help="part")

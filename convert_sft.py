@@ -243,7 +243,7 @@ def tiny_base(seed):
     """The untrained tiny model: the same Transformer as every other, with its own
     initialisation."""
     torch.manual_seed(seed)
-    model = Transformer(TINY)
+    model = Transformer(replace(TINY))
     for name, p in model.named_parameters():
         if p.dim() > 1:
             std = {"model.embed_tokens.weight": 0.7, "lm_head.weight": 0.02}.get(
@@ -864,7 +864,7 @@ def memory_plan(config, tokens, slots=0, length=0):
 
 def print_plan(args, tokens, slots=0, length=0):
     """The plan of one GPU as a table, before anything is allocated; needs config.json only."""
-    config = TINY if args.model == "tiny" else \
+    config = replace(TINY) if args.model == "tiny" else \
         ModelConfig.from_dict(read_json(resolve(args.model, ["config.json"]) / "config.json"))
     config.window, config.full_layers = as_window(args.window), tuple(args.full_layers or ())
     plan = memory_plan(config, max(tokens, args.micro_tokens), slots, length)
@@ -944,13 +944,13 @@ def convert(args):
     return folder
 
 
-class Parser(argparse.ArgumentParser):
+class FlagParser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(f"{message} (see --help)")
 
 
 def parser():
-    parser = Parser(description=__doc__.split("\n\n")[0])
+    parser = FlagParser(description=__doc__.split("\n\n")[0])
     add_settings(parser, SETTINGS)
     return parser
 

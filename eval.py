@@ -863,7 +863,7 @@ def benchmark(args):
 
 
 def parser():
-    p = convert_sft.Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False, epilog=(
+    p = convert_sft.FlagParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, epilog=(
         "With --analysis, rl.py's flags (--steps, --data, ...) are understood too."))
 
     def add(flag, text, default=None, kind=None, **more):

@@ -66,8 +66,8 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_f
           "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 CHECKPOINTS = {  # name: (class, its own configuration, the window and full layers that it means)
     "qwen2": ("Qwen2", {}, None, ()),
-    "qwen2 with an unused window": ("Qwen2", {"use_sliding_window": False, "sliding_window": W},
-                                    None, ()),
+    "qwen2 with an unused window": ("Qwen2", {"use_sliding_window": False, "sliding_window": W,
+                                              "max_window_layers": 1}, None, ()),
     "qwen2 windowed": ("Qwen2", {"use_sliding_window": True, "sliding_window": W,
                                  "max_window_layers": 0}, W, ()),
     "qwen2 windowed from layer 2": ("Qwen2", {"use_sliding_window": True, "sliding_window": W,
