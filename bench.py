@@ -24,7 +24,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from convert_sft import TINY, FlagParser, Trainer, describe_machine, make_row, memory_plan, pick_device
+from convert_sft import (
+    TINY,
+    FlagParser,
+    Trainer,
+    describe_machine,
+    make_row,
+    memory_plan,
+    peak_bytes,
+    pick_device,
+)
 from model import Decoder, ModelConfig, RingCache, Transformer, cli, generate, write_file
 from rl import grpo_loss
 from swa_kernel import swa_attention, swa_attention_reference, swa_decode
@@ -449,7 +458,7 @@ def train_rows(seconds, config, T, tokens, rate, peak=None):
         window = None if "full" in name else int(name.split("window ")[1].split(",")[0])
         windowed = ModelConfig(**{**vars(config), "window": window})
         flops = 6 * P * tokens + attention_flops(windowed, [T] * (tokens // T))
-        plan = sum(size for _, size in memory_plan(windowed, tokens)) / 1e9 if peak else None
+        plan = peak_bytes(memory_plan(windowed, tokens)) / 1e9 if peak else None
         rows.append({"what": name, "tok/s": tokens / s, "MFU": flops / s / rate, "peak GB": peak,
                      "planned GB": plan, "x the last": list(seconds.values())[-1] / s})
         print(f"  {name}: {tokens / s:,.0f} tok/s", flush=True)

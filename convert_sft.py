@@ -498,6 +498,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.optimizer.zero_grad()  # their memory is the next rollouts'
         return norm
 
     @torch.no_grad()
@@ -843,35 +844,47 @@ def sft_rows(args, tokenizer):
 
 
 def memory_plan(config, tokens, slots=0, length=0):
-    """[(part, bytes)] of a GPU run: `tokens` in one micro-batch, `slots` sequences of `length` in
-    rollouts."""
+    """[(phase, part, bytes)] of a GPU run; its peak is "always" plus the larger of the two others.
+
+    tokens: of one micro-batch in the update; slots sequences of up to `length` tokens in rollouts.
+    """
     with torch.device("meta"):
         P = sum(p.numel() for p in Transformer(config).parameters())
     C, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    return [("weights, float32 masters", 4 * P), ("gradients, float32", 4 * P),
-            ("AdamW, two moments, float32", 8 * P),
-            ("bfloat16 casts of the weights (autocast)", 2 * P),
-            ("block inputs kept for the backward", 2 * tokens * C * L),
-            ("one block recomputed, with its gradients",
-             2 * 2 * tokens * (3 * I + 4 * C + 2 * heads)),
-            ("one chunk of logits, float32, with its gradient", 3 * 4 * LOGITS_PER_CHUNK),
-            *([("rollout copy, bfloat16", 2 * P),
-               ("ring cache (while no block is recomputed)",
-                slots * RingCache.bytes_per_slot(config, length, torch.bfloat16))]
-              if slots else [])]
+    plan = [
+        ("always", "weights, float32 masters", 4 * P),
+        ("always", "AdamW, two moments, float32", 8 * P),
+        ("update", "gradients, float32", 4 * P),
+        ("update", "bfloat16 casts of the weights", 2 * P),
+        ("update", "block inputs kept for the backward", 2 * tokens * C * L),
+        ("update", "one block recomputed, and its gradients",
+         2 * 2 * tokens * (3 * I + 4 * C + 2 * heads)),
+        ("update", "a chunk of logits and its gradients",
+         3 * 4 * min(LOGITS_PER_CHUNK, tokens * config.vocab_size))]
+    if slots:
+        plan += [("always", "rollout copy, bfloat16", 2 * P),
+                 ("rollout", f"ring cache of {slots} sequences",
+                  slots * RingCache.bytes_per_slot(config, length, torch.bfloat16))]
+    return plan
+
+
+def peak_bytes(plan):
+    phases = {phase: sum(size for at, _, size in plan if at == phase) for phase, _, _ in plan}
+    return phases["always"] + max(phases["update"], phases.get("rollout", 0))
 
 
 def print_plan(args, tokens, slots=0, length=0):
-    """The plan of one GPU as a table, before anything is allocated; needs config.json only."""
-    config = replace(TINY) if args.model == "tiny" else \
-        ModelConfig.from_dict(read_json(resolve(args.model, ["config.json"]) / "config.json"))
+    """The plan of one GPU, before anything is allocated; needs config.json only."""
+    config = replace(TINY) if args.model == "tiny" else ModelConfig.from_dict(
+        read_json(resolve(args.model, ["config.json"]) / "config.json"))
     config.window, config.full_layers = as_window(args.window), tuple(args.full_layers or ())
-    plan = memory_plan(config, max(tokens, args.micro_tokens), slots, length)
-    print(f"| {args.model}, window {args.window}, {max(tokens, args.micro_tokens):,} tokens "
-          "a micro-batch | GB |\n|---|---|")
-    for part, size in [*plan, ("sum", sum(size for _, size in plan))]:
-        print(f"| {part} | {size / 1e9:.2f} |")
+    tokens = max(tokens, args.micro_tokens)
+    plan = memory_plan(config, tokens, slots, length)
+    print(f"{args.model}, window {args.window}, micro-batches of {tokens:,} tokens; computed\n\n"
+          "| when | what | GB |\n|---|---|---:|")
+    for phase, part, size in [*plan, ("", "peak: always + the larger phase", peak_bytes(plan))]:
+        print(f"| {phase} | {part} | {size / 1e9:.2f} |")
 
 
 def convert(args):
