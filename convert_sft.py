@@ -925,7 +925,7 @@ def convert(args):
         n_tokens = sum(t >= 0 for row in rows for t in row["targets"])
         total = [0.0]
 
-        def loss_fn(logprobs, entropy, micro, n_tokens=n_tokens, total=total):
+        def loss_fn(logprobs, entropy, micro):
             loss = -logprobs.sum() / n_tokens
             total[0] += loss.item()
             return loss

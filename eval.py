@@ -602,14 +602,14 @@ def locality(args):
              "KL a trajectory": gap(label, main, 1, of, whole=True)}
             for label in labels for of in ("all", "correct")]
     kl = {"kind": "line", "ylabel": "KL, nats a token"}
-    example = next((trio for trio in zip(*(found[label][0]["tokens"] for label in labels[2:]))
-                    if all(trio)), ([], []))  # a problem that both solve after RL
+    both = [pair for pair in zip(*(found[label][0]["tokens"] for label in labels[2:])) if all(pair)]
+    example = min(both, key=lambda pair: max(map(len, pair)) == 80, default=([], []))  # a whole one
     return rows, {"locality": [
         bars(f"window {main}", rows, "policy", "trajectories", "KL a token", ylabel=kl["ylabel"]),
         {"title": "correct ones, by window", "x": sizes, "xlabel": "window, tokens", **kl,
          "series": {label: [gap(label, w, 1, "correct") for w in sizes] for label in labels}},
         {"title": "along the response", "x": list(range(5, 100, 10)), **kl,
-         "xlabel": f"% of the response (window {main})", "series": {
+         "xlabel": "% of the response", "series": {
              label: np.mean([f["tenths"] for f in found[label]], 0).tolist() for label in labels}},
     ], "locality-tokens": [
         {"kind": "strip", "title": f"one answer of {label}, window {main}", "xlabel": "",
@@ -785,7 +785,7 @@ def draw_panel(axis, panel):
         width, shift = 0.8 / len(panel["series"]), 0
         if kind == "line":
             look |= {"lw": 4, "ms": 8} if label == "SA" else {"lw": 1.5, "ms": 5}  # below others
-            look |= {"ls": "--", "mfc": "white"} if "SFT" in label else {}
+            look |= {"ls": "--", "mfc": "white", "ms": 8} if "SFT" in label else {}
             axis.errorbar(at, mean, error, marker="o" if len(at) < 20 else None, **look)
         else:
             shift = (i + 0.5) * width - 0.4

@@ -436,7 +436,7 @@ class Transformer(nn.Module):
         for name in TOKENIZER_FILES:
             if name in self.tokenizer_files:
                 write_file(folder / name,
-                           lambda f, name=name: f.write_bytes(self.tokenizer_files[name]))
+                           lambda f: f.write_bytes(self.tokenizer_files[name]))
         write_file(folder / "config.json", lambda f: f.write_text(json.dumps(config, indent=2)))
 
 
