@@ -31,14 +31,48 @@ import torch
 
 import convert_sft
 import rl
-from convert_sft import (INSTRUCTION, Trainer, as_problem, as_prompt, as_window, convert,
-                         describe_machine, held_out, load_problems, other_stage, pick_device,
-                         pretrain_tiny, schedule, settle, stage_folder, tiny_base, tiny_problems,
-                         window_arg)
-from model import (LOGITS_PER_CHUNK, Tokenizer, Transformer, UsageError, cli, generate, log_softmax,
-                   write_file)
-from rl import (bootstrap_ci, extract_answer, grade_batch, interval, is_correct,  # noqa: F401
-                resample, roll_out, run_arm, validate, validation_problems)
+from convert_sft import (
+    INSTRUCTION,
+    Trainer,
+    as_problem,
+    as_prompt,
+    as_window,
+    convert,
+    describe_machine,
+    held_out,
+    load_problems,
+    other_stage,
+    pick_device,
+    pretrain_tiny,
+    schedule,
+    settle,
+    stage_folder,
+    tiny_base,
+    tiny_problems,
+    window_arg,
+)
+from model import (
+    LOGITS_PER_CHUNK,
+    Tokenizer,
+    Transformer,
+    UsageError,
+    cli,
+    generate,
+    log_softmax,
+    write_file,
+)
+from rl import (  # noqa: F401
+    bootstrap_ci,
+    extract_answer,
+    grade_batch,
+    interval,
+    is_correct,
+    resample,
+    roll_out,
+    run_arm,
+    validate,
+    validation_problems,
+)
 from swa_kernel import swa_attention
 
 # --------------------------------------------------------------------------------------------------
@@ -730,7 +764,7 @@ def write_report(folder, name, title, rows, pictures, args):
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     table = "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "",
                        f"{title} {count(v for row in rows for v in row.values())}: bootstrap over "
-                       f"seeds, problems and repeats. `{command}`", ""])
+                       f"seeds, problems and repeats. `{command}`".lstrip(), ""])
     record = {"title": title, "command": command, "rows": rows,
               **describe_machine(pick_device(args.device))}
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Statistics, benchmarks, locality and the analyses: against enumeration, simulation, double loops."""
+"""Statistics, benchmarks, locality, analyses: against enumeration, simulation, double loops."""
 
 import itertools
 import json
@@ -14,8 +14,22 @@ import torch
 import convert_sft
 import eval as evaluation
 from convert_sft import INSTRUCTION, Trainer, tiny_base, tiny_problems, tiny_solution
-from eval import (answer_benchmark, bootstrap_ci, information_gap, length_matched, load_benchmark, majority, measure,
-                  over_seeds, paired_bootstrap, pass_at_k, reach_example, read_generations, states, token_gaps)
+from eval import (
+    answer_benchmark,
+    bootstrap_ci,
+    information_gap,
+    length_matched,
+    load_benchmark,
+    majority,
+    measure,
+    over_seeds,
+    paired_bootstrap,
+    pass_at_k,
+    reach_example,
+    read_generations,
+    states,
+    token_gaps,
+)
 from model import ModelConfig, Rollout, Tokenizer, Transformer, UsageError
 from rl import Episode
 
@@ -41,7 +55,7 @@ def test_bootstrap_known_case():
 
 @pytest.mark.parametrize("problems, repeats", [(30, 8), (100, 1), (60, 4)])
 def test_bootstrap_coverage(problems, repeats):
-    """Of 95 % intervals, about 95 % hold the truth; resampling repeats as well errs on the wide side."""
+    """About 95 % of intervals hold the truth; resampling repeats too errs on the wide side."""
     rng = np.random.default_rng(problems)
     hits = 0
     for _ in range(200):
@@ -98,28 +112,57 @@ def test_pass_at_k_is_the_average_over_subsets():
 
 
 def test_measure():
-    records = [{"problem": "", "answer": "1", "responses": [f"\\boxed{{{x}}}" for x in row], "finished": [True] * 4,
-                "lengths": [3, 5, 7, 9]} for row in ("1111", "1122", "2221")]
+    records = [
+        {
+            "problem": "",
+            "answer": "1",
+            "responses": [f"\\boxed{{{x}}}" for x in row],
+            "finished": [True] * 4,
+            "lengths": [3, 5, 7, 9],
+        }
+        for row in ("1111", "1122", "2221")
+    ]
     records[2]["finished"][3] = False
     evaluation.grade(records)
     assert records[2]["verdicts"][3] == "truncated"
     row = measure(records)
-    assert [round(row[key]["mean"], 4) for key in ("avg@4", "pass@2", "pass@4", "maj@4")] == [0.5, 0.6111, 0.6667, 0.5]
+    assert [round(row[key]["mean"], 4) for key in ("avg@4", "pass@2", "pass@4", "maj@4")] == [
+        0.5,
+        0.6111,
+        0.6667,
+        0.5,
+    ]
     assert (row["truncated"], row["length"], row["n"]) == (pytest.approx(1 / 12), 6, 3)
-    single = measure([{**r, "responses": r["responses"][:1], "verdicts": r["verdicts"][:1]} for r in records])
+    single = measure(
+        [{**r, "responses": r["responses"][:1], "verdicts": r["verdicts"][:1]} for r in records]
+    )
     assert "avg@1" in single and not any(key.startswith(("pass", "maj")) for key in single)
 
 
 VOTES = {  # answers, with a ~ where cut off -> maj@k for the gold 0.5
-    "0.5 0.5 3": 1, "3 3 0.5": 0, "0.5 3": 0.5, "3 0.5 4 4": 0, "0.50 0.5 3 4": 1, "0.5 3 4": 1 / 3,
-    "~0.5 ~0.5 3": 0, "~3 ~3 0.5": 1, "": 0, "? ? 0.5": 1, "?": 0,
+    "0.5 0.5 3": 1,
+    "3 3 0.5": 0,
+    "0.5 3": 0.5,
+    "3 0.5 4 4": 0,
+    "0.50 0.5 3 4": 1,
+    "0.5 3 4": 1 / 3,
+    "~0.5 ~0.5 3": 0,
+    "~3 ~3 0.5": 1,
+    "": 0,
+    "? ? 0.5": 1,
+    "?": 0,
 }
 
 
 @pytest.mark.parametrize("answers, expected", VOTES.items())
 def test_majority(answers, expected):
-    responses = ["no answer" if a == "?" else f"so \\boxed{{{a.strip('~')}}}" for a in answers.split()]
-    verdicts = ["truncated" if "~" in a else "correct" if a in ("0.5", "0.50") else "wrong" for a in answers.split()]
+    responses = [
+        "no answer" if a == "?" else f"so \\boxed{{{a.strip('~')}}}" for a in answers.split()
+    ]
+    verdicts = [
+        "truncated" if "~" in a else "correct" if a in ("0.5", "0.50") else "wrong"
+        for a in answers.split()
+    ]
     assert majority(responses, verdicts) == pytest.approx(expected)
 
 
@@ -127,14 +170,39 @@ def test_majority(answers, expected):
 
 HUB_ROWS = {  # a row in the hub's shape: the problem and the answer to make of it
     "gsm8k": ({"question": "2+2?", "answer": "It is <<2+2=4>>4.\n#### 1,004"}, "2+2?", "1,004"),
-    "math500": ({"problem": "P", "solution": "so \\boxed{x}", "answer": "\\frac{1}{2}", "subject": "Algebra", "level": 3,
-                 "unique_id": "test/1.json"}, "P", "\\frac{1}{2}"),
-    "aime24": ({"id": 60, "problem": "P", "solution": "S", "answer": "204", "url": "u", "year": "2024"}, "P", "204"),
+    "math500": (
+        {
+            "problem": "P",
+            "solution": "so \\boxed{x}",
+            "answer": "\\frac{1}{2}",
+            "subject": "Algebra",
+            "level": 3,
+            "unique_id": "test/1.json",
+        },
+        "P",
+        "\\frac{1}{2}",
+    ),
+    "aime24": (
+        {"id": 60, "problem": "P", "solution": "S", "answer": "204", "url": "u", "year": "2024"},
+        "P",
+        "204",
+    ),
     "aime25": ({"problem": "P", "answer": "70", "id": "0"}, "P", "70"),
     "amc23": ({"id": 0, "question": "P", "answer": "27.0", "url": "u"}, "P", "27.0"),
     "minerva": ({"question": "P", "answer": "1.6e-19"}, "P", "1.6e-19"),
-    "olympiadbench": ({"id": 1606, "question": "P", "solution": ["S"], "final_answer": ["$69$", "84"], "context": None,
-                       "is_multiple_answer": True, "unit": None}, "P", "$69$,84"),
+    "olympiadbench": (
+        {
+            "id": 1606,
+            "question": "P",
+            "solution": ["S"],
+            "final_answer": ["$69$", "84"],
+            "context": None,
+            "is_multiple_answer": True,
+            "unit": None,
+        },
+        "P",
+        "$69$,84",
+    ),
 }
 
 
@@ -153,7 +221,7 @@ def test_hub_fields(name, tmp_path, monkeypatch):
         return real("json", data_files=str(file), split="train", cache_dir=str(tmp_path / "cache"))
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    found, = load_benchmark(name)
+    (found,) = load_benchmark(name)
     assert (found["problem"], found["answer"]) == (problem, answer)
     hub_id, config, split = evaluation.BENCHMARKS[name][:3]
     assert asked == [(hub_id, config, split)] and hub_id.count("/") == 1
@@ -190,20 +258,42 @@ def run(monkeypatch, *arguments):
 
 
 def test_resume_is_undisturbed_and_regrade_is_grade(folder, tmp_path, monkeypatch, capsys):
-    command = ["--model", folder, "--benchmarks", "tiny", "--samples", 2, "--limit", 10, "--chunk", 4,
-               "--max-new-tokens", 12, "--device", "cpu", "--out"]
+    command = [
+        "--model",
+        folder,
+        "--benchmarks",
+        "tiny",
+        "--samples",
+        2,
+        "--limit",
+        10,
+        "--chunk",
+        4,
+        "--max-new-tokens",
+        12,
+        "--device",
+        "cpu",
+        "--out",
+    ]
     run(monkeypatch, *command, tmp_path / "a")
     file = next((tmp_path / "a").rglob("tiny.jsonl"))
     whole = file.read_text()
     settings, records = read_generations(file)
     assert settings["samples"] == 2 and settings["window"] == 24 and len(records) == 10
     assert all(len(r["responses"]) == len(r["verdicts"]) == 2 for r in records)
-    assert {"results.md", "results.json", "results.png"} <= {p.name for p in (tmp_path / "a" / "eval").iterdir()}
+    assert {"results.md", "results.json", "results.png"} <= {
+        p.name for p in (tmp_path / "a" / "eval").iterdir()
+    }
 
     lines = whole.splitlines(keepends=True)
     other = tmp_path / "b" / file.relative_to(tmp_path / "a")
     other.parent.mkdir(parents=True)
-    for cut in ("".join(lines[:1]), "".join(lines[:5]), "".join(lines[:8]) + lines[8][:20], whole[:-5]):
+    for cut in (
+        "".join(lines[:1]),
+        "".join(lines[:5]),
+        "".join(lines[:8]) + lines[8][:20],
+        whole[:-5],
+    ):
         other.write_text(cut)  # after the settings, a chunk, in the middle of a line, near the end
         run(monkeypatch, *command, tmp_path / "b")
         assert other.read_text() == whole
@@ -216,8 +306,16 @@ def test_resume_is_undisturbed_and_regrade_is_grade(folder, tmp_path, monkeypatc
 
     file.write_text(whole)
     run(monkeypatch, *command[:7], 12, *command[8:], tmp_path / "a")  # more problems: continued
-    assert file.read_text().splitlines()[:9] == whole.splitlines()[:9] and len(read_generations(file)[1]) == 12
-    for change in (["--samples", 3], ["--temperature", 0.5], ["--seed", 1], ["--max-new-tokens", 13]):
+    assert (
+        file.read_text().splitlines()[:9] == whole.splitlines()[:9]
+        and len(read_generations(file)[1]) == 12
+    )
+    for change in (
+        ["--samples", 3],
+        ["--temperature", 0.5],
+        ["--seed", 1],
+        ["--max-new-tokens", 13],
+    ):
         with pytest.raises(UsageError, match="other settings"):
             run(monkeypatch, *command, tmp_path / "a", *change)
     tiny_base(1).save_pretrained(folder)
@@ -234,12 +332,23 @@ def test_finished_and_truncated_answers(folder, tmp_path, monkeypatch):
     def fake(model, prompts, limit, temperature, stop_ids, slots, seeds, **options):
         asked.append((seeds, options["top_p"]))
         gold = {tokenizer.decode(tokenizer.encode(p["problem"])): p["answer"] for p in problems}
-        texts = ["\\boxed{%s}" % gold[tokenizer.decode(p)] for p in prompts]
-        return [Rollout(p, tokenizer.encode(t), [], i % 2 == 0) for i, (p, t) in enumerate(zip(prompts, texts))]
+        texts = [f"\\boxed{{{gold[tokenizer.decode(p)]}}}" for p in prompts]
+        return [
+            Rollout(p, tokenizer.encode(t), [], i % 2 == 0)
+            for i, (p, t) in enumerate(zip(prompts, texts))
+        ]
 
     monkeypatch.setattr(evaluation, "generate", fake)
-    args = SimpleNamespace(samples=2, chunk=2, seed=0, temperature=1.0, top_p=0.9, max_new_tokens=8, slots=None,
-                           instruction="")
+    args = SimpleNamespace(
+        samples=2,
+        chunk=2,
+        seed=0,
+        temperature=1.0,
+        top_p=0.9,
+        max_new_tokens=8,
+        slots=None,
+        instruction="",
+    )
     records = answer_benchmark(None, tokenizer, problems, tmp_path / "x.jsonl", {}, args)
     assert [r["verdicts"] for r in records] == [["correct", "truncated"]] * 3
     seeds = [s for chunk, _ in asked for s in chunk]
@@ -254,14 +363,33 @@ def test_several_models_and_instructions(folder, tmp_path, monkeypatch, capsys):
     problems.write_text("".join(json.dumps(p) + "\n" for p in tiny_problems(3, 5)))
     second = tmp_path / "second"
     tiny_base(1).save_pretrained(second)
-    run(monkeypatch, "--model", folder, second, "--benchmarks", f"tiny,{problems}", "--limit", 3, "--samples", 2,
-        "--max-new-tokens", 6, "--device", "cpu", "--out", tmp_path)
+    run(
+        monkeypatch,
+        "--model",
+        folder,
+        second,
+        "--benchmarks",
+        f"tiny,{problems}",
+        "--limit",
+        3,
+        "--samples",
+        2,
+        "--max-new-tokens",
+        6,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+    )
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 6 and sum("average" in line for line in table) == 2
     result = json.loads((tmp_path / "eval" / "results.json").read_text())
     assert len(result["rows"]) == 6 and "p" in result["rows"][1] and "p" not in result["rows"][0]
     assert {"torch", "device", "git"} <= result.keys()
-    asked = {s["benchmark"]: s["instruction"] for s, _ in map(read_generations, tmp_path.rglob("eval/*/second/*.jsonl"))}
+    asked = {
+        s["benchmark"]: s["instruction"]
+        for s, _ in map(read_generations, tmp_path.rglob("eval/*/second/*.jsonl"))
+    }
     assert asked == {"tiny": "", str(problems): INSTRUCTION}
 
 
@@ -270,10 +398,16 @@ BAD = {
     "two tasks": (["--model", "m", "--benchmarks", "tiny", "--prompt", "x"], "give one of"),
     "no model": (["--benchmarks", "tiny"], "needs a --model"),
     "two models": (["--model", "a", "b", "--prompt", "x"], "needs a --model|one --model"),
-    "unknown flag": (["--model", "m", "--benchmarks", "tiny", "--sample", "3"], "unknown arguments --sample 3"),
+    "unknown flag": (
+        ["--model", "m", "--benchmarks", "tiny", "--sample", "3"],
+        "unknown arguments --sample 3",
+    ),
     "unknown rl flag": (["--model", "tiny", "--analysis", "windows", "--stepz", "3"], "--stepz"),
     "no samples": (["--model", "m", "--benchmarks", "tiny", "--samples", "0"], "--samples"),
-    "temperature": (["--model", "m", "--benchmarks", "tiny", "--temperature", "-1"], "--temperature"),
+    "temperature": (
+        ["--model", "m", "--benchmarks", "tiny", "--temperature", "-1"],
+        "--temperature",
+    ),
     "nan": (["--model", "m", "--benchmarks", "tiny", "--temperature", "nan"], "--temperature"),
     "top-p": (["--model", "m", "--benchmarks", "tiny", "--top-p", "0"], "--top-p"),
     "window": (["--model", "m", "--benchmarks", "tiny", "--window", "0"], "whole number of keys"),
@@ -295,7 +429,18 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[]\n", '{"problem": 1}\n', "x\n{}\n", '{"settings": {}}\n{"problem": "a"}\n', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]\n",
+        '{"problem": 1}\n',
+        "x\n{}\n",
+        '{"settings": {}}\nx\n{"problem": "a"}\n',
+        '{"settings": {}}\n{"problem": "a"}\n',
+        "\xff",
+    ],
+)
 def test_files_that_hold_no_generations(text, tmp_path):
     (tmp_path / "f.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match="f.jsonl"):
@@ -306,14 +451,24 @@ def test_files_that_hold_no_generations(text, tmp_path):
 
 
 def test_prompt_streams(folder, monkeypatch, capsys):
-    run(monkeypatch, "--model", folder, "--prompt", "a1b2?", "--max-new-tokens", 20, "--temperature", 0)
+    run(
+        monkeypatch,
+        "--model",
+        folder,
+        "--prompt",
+        "a1b2?",
+        "--max-new-tokens",
+        20,
+        "--temperature",
+        0,
+    )
     out, err = capsys.readouterr()
     model = Transformer.from_pretrained(folder)
     tokenizer = Tokenizer(model.tokenizer_files)
     ids = tokenizer.encode("<bos>a1b2?")
     for _ in range(20):
         with torch.no_grad():
-            ids.append(model(torch.tensor([ids]))[0, -1, :tokenizer.n_ids].argmax().item())
+            ids.append(model(torch.tensor([ids]))[0, -1, : tokenizer.n_ids].argmax().item())
         if ids[-1] in tokenizer.stop_ids:
             break
     assert out == tokenizer.decode(ids[6:]) + "\n" and "tok/s" in err
@@ -331,7 +486,9 @@ def test_streaming_holds_back_unfinished_characters(folder, monkeypatch, capsys)
         return [Rollout([], [5, 6, 7, 8, 9], [], True)]
 
     monkeypatch.setattr(evaluation, "generate", fake)
-    args = SimpleNamespace(prompt="a1?", instruction=None, max_new_tokens=9, temperature=1.0, seed=0, top_p=1.0)
+    args = SimpleNamespace(
+        prompt="a1?", instruction=None, max_new_tokens=9, temperature=1.0, seed=0, top_p=1.0
+    )
     evaluation.stream_answer(None, tokenizer, args)
     assert seen == ["a", "\u20ac", "", "", "\ufffd!", ""]
 
@@ -341,8 +498,16 @@ def test_streaming_holds_back_unfinished_characters(folder, monkeypatch, capsys)
 
 def random_model(layers=2, window=None, dtype=torch.float64):
     torch.manual_seed(layers)
-    config = ModelConfig(vocab_size=13, hidden_size=16, intermediate_size=24, num_hidden_layers=layers,
-                         num_attention_heads=2, num_key_value_heads=1, head_dim=8, window=window)
+    config = ModelConfig(
+        vocab_size=13,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        window=window,
+    )
     model = Transformer(config).to(dtype)
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.5)
@@ -351,7 +516,10 @@ def random_model(layers=2, window=None, dtype=torch.float64):
 
 def random_rollouts(*sizes):
     rng = np.random.default_rng(0)
-    return [Rollout(rng.integers(13, size=p).tolist(), rng.integers(13, size=t).tolist(), [], True) for p, t in sizes]
+    return [
+        Rollout(rng.integers(13, size=p).tolist(), rng.integers(13, size=t).tolist(), [], True)
+        for p, t in sizes
+    ]
 
 
 @torch.no_grad()
@@ -363,10 +531,15 @@ def test_information_gap_against_a_double_loop(window):
         ids = rollout.prompt + rollout.tokens
         assert len(ratio) == len(kl) == len(rollout.tokens)
         for j, token in enumerate(rollout.tokens):
-            before = ids[:len(rollout.prompt) + j]
-            p, q = (model(torch.tensor([x]))[0, -1].log_softmax(-1) for x in (before, before[-window:]))
+            before = ids[: len(rollout.prompt) + j]
+            p, q = (
+                model(torch.tensor([x]))[0, -1].log_softmax(-1) for x in (before, before[-window:])
+            )
             assert abs(ratio[j] - (p[token] - q[token])) < 1e-10
-            assert abs(kl[j] - torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum")) < 1e-10
+            assert (
+                abs(kl[j] - torch.nn.functional.kl_div(q, p, log_target=True, reduction="sum"))
+                < 1e-10
+            )
     assert (window == 40) == all((r == 0).all() for r in ratios)
 
 
@@ -383,11 +556,14 @@ def test_gap_batches_and_positions():
 
 
 def test_a_window_reaches_as_far_as_its_layers():
-    """One layer sees W tokens and no more, so with W tokens nothing is missing; two layers see 2W - 1."""
+    """One layer sees W tokens, so with W tokens nothing is missing; two layers see 2W - 1."""
     rollouts = random_rollouts((5, 25))
     for layers in (1, 2):
         model = random_model(layers, window=6)
-        gap = {w: information_gap(model, rollouts, w, expected=True)[0].abs().max().item() for w in (5, 6, 10, 11)}
+        gap = {
+            w: information_gap(model, rollouts, w, expected=True)[0].abs().max().item()
+            for w in (5, 6, 10, 11)
+        }
         assert gap[5] > 1e-3 and gap[11] < 1e-12
         assert (gap[6] < 1e-12) == (layers == 1) == (gap[10] < 1e-12)
 
@@ -402,7 +578,10 @@ def test_retrieval_is_at_the_stated_distance():
         for queries in (0, 0.3):
             tokens, targets = reach_example(rng, tokenizer, distance, queries)
             digits = [i for i, t in enumerate(tokens) if tokenizer.decode([t]).isdigit()]
-            assert digits == [len(tokens) - 1 - distance] and len(tokens) == len(targets) == evaluation.REACH_LENGTH
+            assert (
+                digits == [len(tokens) - 1 - distance]
+                and len(tokens) == len(targets) == evaluation.REACH_LENGTH
+            )
             assert [t == tokenizer.encode("?")[0] for t in tokens] == [t >= 0 for t in targets]
             assert {t for t in targets if t >= 0} == {tokens[digits[0]]} == {targets[-1]}
             assert queries or targets.count(-1) == len(targets) - 1
@@ -447,7 +626,9 @@ def started(tmp_path_factory):
     """A run whose base counts as trained."""
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     out = tmp_path_factory.mktemp("out")
-    trainer = Trainer(tiny_base(0), out / "tiny" / "base-wfull", {"seed": 0, "stage": "base"}, torch.device("cpu"))
+    trainer = Trainer(
+        tiny_base(0), out / "tiny" / "base-wfull", {"seed": 0, "stage": "base"}, torch.device("cpu")
+    )
     trainer.begin()
     trainer.step = 1
     trainer.save(final=True)
@@ -458,30 +639,47 @@ def started(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ANALYSES)
 def test_analysis(name, started, monkeypatch, capsys):
-    """Each analysis in a few steps: its table, its JSON, its pictures, and a second start that trains nothing."""
+    """A few steps of each: table, JSON, pictures, and a second start that trains nothing."""
     more, rows = ANALYSES[name]
 
     def solved(folder, problems, stage):  # untrained policies solve nothing
         tokenizer, rng = Tokenizer.from_pretrained(folder), np.random.default_rng(0)
         texts = [tiny_solution(p["problem"], rng, restate="w24" in str(folder)) for p in problems]
-        return [Episode(tokenizer.encode("<bos>" + p["problem"]), tokenizer.encode(t + "<eos>"), [], True, t, "correct", 1.0)
-                for p, t in zip(problems, texts)]
+        return [
+            Episode(
+                tokenizer.encode("<bos>" + p["problem"]),
+                tokenizer.encode(t + "<eos>"),
+                [],
+                True,
+                t,
+                "correct",
+                1.0,
+            )
+            for p, t in zip(problems, texts)
+        ]
 
     monkeypatch.setattr(evaluation, "episodes_of", solved)
-    monkeypatch.setitem(convert_sft.SETTINGS, "held_out", (4, 4, 4, ""))
+    few = convert_sft.tiny_problems
+    monkeypatch.setattr(
+        convert_sft, "tiny_problems", lambda n, *rest, **more: few(min(n, 64), *rest, **more)
+    )
     monkeypatch.setattr(evaluation.reach_run, "__defaults__", (2, 5))
-    flags = "--steps 2 --sft-steps 2 --prompts 2 --group 2 --max-new-tokens 12 --validate 4 --workers 1 --device cpu"
+    flags = "--steps 2 --sft-steps 2 --prompts 2 --group 2 --max-new-tokens 12 --validate 4"
+    flags += " --workers 1 --device cpu"
     command = ["--model", "tiny", "--analysis", name, *flags.split(), "--out", started, *more]
     run(monkeypatch, *command)
     folder = started / "tiny" / "analysis"
     result = json.loads((folder / f"{name}.json").read_text())
     assert len(result["rows"]) == rows and "--analysis" in result["command"]
-    table = [line for line in (folder / f"{name}.md").read_text().splitlines() if line.startswith("|")]
+    table = [
+        line for line in (folder / f"{name}.md").read_text().splitlines() if line.startswith("|")
+    ]
     assert len(table) == rows + 2 and len({line.count("|") for line in table}) == 1
     assert (folder / f"{name}.png").stat().st_size > 5000
     made = {p: p.stat().st_mtime_ns for p in started.rglob("*.safetensors")}
     run(monkeypatch, *command)
     assert {p: p.stat().st_mtime_ns for p in started.rglob("*.safetensors")} == made
     again = json.loads((folder / f"{name}.json").read_text())["rows"]
-    assert [{k: v for k, v in row.items() if k != "seconds"} for row in again] == \
-        [{k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]]
+    assert [{k: v for k, v in row.items() if k != "seconds"} for row in again] == [
+        {k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]
+    ]
