@@ -126,7 +126,7 @@ def finish(args, name, rows, draw=None):
         figure.tight_layout()
         write_file(folder / f"{name}.png", lambda f: figure.savefig(f, dpi=110, format="png"))
         plt.close(figure)
-    print(json.dumps(result), "\n", flush=True)
+    print(json.dumps(result), flush=True)
 
 
 # --------------------------------------------------------------------------------------------------

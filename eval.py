@@ -525,7 +525,7 @@ def budgets(args):
             np.interp(x, [r[key] for r in log], [r["reward"] for r in log], right=np.nan)
             for log in logs[label]], 0).tolist() for label in list(logs)[:2]}
         panels.append({"kind": "line", "title": f"by {unit}", "x": x.tolist(), "xlabel": unit,
-                       "ylabel": "reward", "series": series})
+                       "ylabel": "mean reward of a step", "series": series})
     return rows, {"budgets": panels}
 
 
@@ -818,9 +818,10 @@ def draw_panel(axis, panel):
         error = [[abs(c["mean"] - c.get(end, c["mean"])) for c in cells] for end in ("low", "high")]
         width, shift = 0.8 / len(panel["series"]), 0
         if kind == "line":
-            look |= {"lw": 4, "ms": 8} if label == "SA" else {"lw": 1.5, "ms": 5}  # below others
+            few = len(at) < 20
+            look |= {"lw": 4, "ms": 8} if label == "SA" and few else {"lw": 1.5, "ms": 5}  # beneath
             look |= {"ls": "--", "mfc": "white", "ms": 8} if "SFT" in label else {}
-            axis.errorbar(at, mean, error, marker="o" if len(at) < 20 else None, **look)
+            axis.errorbar(at, mean, error if few else None, marker="o" if few else None, **look)
         else:
             shift = (i + 0.5) * width - 0.4
             axis.bar(at + shift, mean, 0.94 * width, yerr=error if kind == "bar" else None, **look)

@@ -363,14 +363,13 @@ class Transformer(nn.Module):
             entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
             return logp.gather(-1, target[:, None])[:, 0], entropy
 
-        asked = (targets.flatten() >= 0).nonzero()[:, 0]
-        x, target = x.flatten(0, 1)[asked], targets.flatten()[asked]
+        asked = (targets >= 0).nonzero(as_tuple=True)
+        x, target = x[asked], targets[asked]  # (n, C), (n,)
         size = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
         parts = [checkpoint(chunk, x[i:i + size], target[i:i + size], use_reentrant=False)
                  if len(x) > size else chunk(x, target) for i in range(0, max(len(x), 1), size)]
-        return [torch.zeros(targets.numel(), dtype=p[0].dtype, device=x.device)
-                .index_put((asked,), torch.cat(p)).view_as(targets)
-                for p in zip(*parts, strict=True)]
+        return [torch.zeros(targets.shape, dtype=p[0].dtype, device=x.device)
+                .index_put(asked, torch.cat(p)) for p in zip(*parts)]
 
     # -- Hugging Face folders
 

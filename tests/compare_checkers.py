@@ -4,7 +4,7 @@ The pairs are the table of test_checker.py and, where the benchmarks are there, 
 against itself and against a near miss. CPU time of one grading, extraction included. Prints a
 table and one JSON line; --errors lists what each gets wrong.
 
-    python tests/compare_checkers.py --data ../shared/data
+    python tests/compare_checkers.py --data FOLDER
 """
 
 import argparse
