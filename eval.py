@@ -45,7 +45,6 @@ from convert_sft import (
     pick_device,
     pretrain_tiny,
     schedule,
-    settle,
     stage_folder,
     tiny_base,
     tiny_problems,
@@ -384,12 +383,10 @@ def recipe(args, seed, variant=None, start=None, rows=None, **changes):
     window set and nothing else. rows: problems with solutions for stage 1. Flags that eval.py does
     not know are rl.py's.
     """
-    stage = rl.parser().parse_args(["--model", args.model[0], *args.rest])
-    stage.sft_data_given = bool(rows) or stage.sft_data is not None
     given = {"seed": seed, "out": str(Path(args.out) / (f"seed{seed}" if seed else ""))}
     given |= {name: getattr(args, name) for name in ("window", "max_new_tokens", "slots", "device")
               if getattr(args, name)}
-    stage = settle(stage, rl.SETTINGS, **given | changes)
+    stage = rl.arguments(["--model", args.model[0], *args.rest], **given | changes)
     if variant:
         home = stage_folder(stage, "sft").parent
         stage.out = str(home / "analysis" / "runs" / variant)

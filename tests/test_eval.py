@@ -436,7 +436,7 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch):
         "[]\n",
         '{"problem": 1}\n',
         "x\n{}\n",
-        '{"settings": {}}\nx\n{"problem": "a"}\n',
+        '{"settings": {}}\nx\n{"settings": {}}\n',
         '{"settings": {}}\n{"problem": "a"}\n',
         "\xff",
     ],
@@ -445,6 +445,17 @@ def test_files_that_hold_no_generations(text, tmp_path):
     (tmp_path / "f.jsonl").write_bytes(text.encode("latin-1"))
     with pytest.raises(UsageError, match="f.jsonl"):
         read_generations(tmp_path / "f.jsonl")
+
+
+def test_only_the_last_line_may_be_cut_off(tmp_path):
+    row = {"problem": "", "answer": "", "responses": [], "lengths": [], "finished": []}
+    lines = [json.dumps({"settings": {}}), json.dumps(row), json.dumps(row)[:9]]
+    file = tmp_path / "f.jsonl"
+    file.write_text("\n".join(lines))
+    assert read_generations(file) == ({}, [row])
+    file.write_text("\n".join([lines[0], lines[2], lines[1]]))
+    with pytest.raises(UsageError, match="line 2"):
+        read_generations(file)
 
 
 # ------------------------------------------------------------------------------------- --prompt
