@@ -403,7 +403,7 @@ class Trainer:
                   {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95),
                                            fused=True)
-        self.wandb, self.drawn = wandb, 0.0
+        self.wandb, self.drawn, self.spoke = wandb, 0.0, time.time()
         self.resume()
 
     def begin(self):
@@ -509,13 +509,14 @@ class Trainer:
                                          strict=False):  # idle ones too
             row[name] = logprobs[0].tolist()
 
-    def log(self, record, line=None):
-        """Counts the step, prints the dense line, appends the record (rank 0)."""
+    def log(self, record, line="", every=0):
+        """Counts the step, appends the record, prints the line at most each `every` s."""
         self.step += 1
         record = {"step": self.step, **record, "elapsed": self.elapsed()}
         if RANK == 0:
-            if line:
+            if line and time.time() - self.spoke >= every:
                 print(f"{line} | {record['elapsed']:.0f} s", flush=True)
+                self.spoke = time.time()
             self.append(record)
 
     def append(self, record):
@@ -680,9 +681,11 @@ def pretrain_tiny(args):
         here = trainer.step % round_steps
         trainer.update(rows[RANK::WORLD], loss_fn,
                        schedule(here, round_steps, lr, 75, "linear", decay_from=0.6))
-        trainer.log({}, None)
-        if trainer.agreed(trainer.stopping):
+        trainer.log({}, f"base step {trainer.step + 1}/{round_steps}", every=10)
+        stop = trainer.agreed(trainer.stopping)
+        if stop or trainer.step % 100 == 0:
             trainer.save()
+        if stop:
             raise KeyboardInterrupt
         if trainer.step % round_steps == 0:
             read = reads_restatements(model, tokenizer, [args.seed, 3])
@@ -809,38 +812,39 @@ def held_out_loss(model, rows, device, micro_tokens):
     return total / count if count else float("nan")
 
 
-def sft_rows(args, tokenizer):
-    """(training rows, held-out rows) of the data: prompt by the chat template, loss on the
-    response only."""
+def sft_data(args):
+    """(training problems, held-out problems), all with solutions."""
     if args.data == "tiny":
         def restate(rng):  # 80 % of the documents hardly restate, 20 % nearly always
             return 0.1 if rng.random() < 0.8 else 0.9
 
-        problems = tiny_problems(4000, [args.seed, 4], restate=restate)
-        held = tiny_problems(args.held_out, [args.seed, 5], test=True, restate=restate)
-    else:
-        problems = load_problems(args.data)
-        held = [p for p in problems if held_out(p["problem"], 2)][:args.held_out]
-        problems = [p for p in problems if not held_out(p["problem"], 2)]
+        return (tiny_problems(4000, [args.seed, 4], restate=restate),
+                tiny_problems(args.held_out, [args.seed, 5], test=True, restate=restate))
+    problems = [p for p in load_problems(args.data) if p["solution"]]
+    train = [p for p in problems if not held_out(p["problem"], 2)]
+    if not train:
+        raise UsageError(f"--data {args.data} has no solutions to train on: give data with "
+                         '"solution", "generations" or "messages"')
+    return train, [p for p in problems if held_out(p["problem"], 2)][:args.held_out]
+
+
+def sft_rows(args, tokenizer, problems):
+    """Training rows: prompt by the chat template, loss on the response only; longer than
+    --max-length are left out. Made batch by batch: whole data sets would not fit as lists."""
     end = min(tokenizer.stop_ids, default=None) if tokenizer.eos_id is None else tokenizer.eos_id
     if end is None:
         raise UsageError(f"{args.model} names no eos token: "
                          "add eos_token to its tokenizer_config.json")
-    sides = []
-    for side in (problems, held):
-        rows = []
-        for p in side:
-            if p["solution"]:
-                prompt = as_prompt(tokenizer, p["problem"], args.instruction)
-                text = p["solution"] if args.data == "tiny" else solution_text(p)
-                row = make_row(prompt, tokenizer.encode(text) + [end])
-                if len(row["tokens"]) <= args.max_length:
-                    rows.append(row)
-        sides.append(rows)
-    if not sides[0]:
-        raise UsageError(f"--data {args.data} has no solution of at most {args.max_length} tokens "
-                         "to train on: give data with solutions, or raise --max-length")
-    return sides
+    rows = []
+    for p in problems:
+        text = p["solution"] if args.data == "tiny" else solution_text(p)
+        rows.append(make_row(as_prompt(tokenizer, p["problem"], args.instruction),
+                             tokenizer.encode(text) + [end]))
+    rows = [row for row in rows if len(row["tokens"]) <= args.max_length]
+    if problems and not rows:
+        raise UsageError(f"none of {len(problems)} examples has at most {args.max_length} tokens: "
+                         "raise --max-length")
+    return rows
 
 
 def memory_plan(config, tokens, slots=0, length=0):
@@ -901,7 +905,8 @@ def convert(args):
     settings |= {"stage": "sft"}
     window = as_window(args.window)
     model = Transformer.from_pretrained(base, None, (), device, torch.float32)
-    train, held = sft_rows(args, Tokenizer(model.tokenizer_files))
+    tokenizer, (train, held) = Tokenizer(model.tokenizer_files), sft_data(args)
+    held = sft_rows(args, tokenizer, held)
     # SA, before a resume changes the weights
     teacher = held_out_loss(model, held, device, args.micro_tokens)
     model.config = replace(model.config, window=window, full_layers=tuple(args.full_layers or ()),
@@ -915,13 +920,13 @@ def convert(args):
         student = held_out_loss(model, held, device, args.micro_tokens)
         print(f"held-out loss before training: SA {teacher:.3f}, window {args.window} "
               f"{student:.3f} nats a token", flush=True)
-    spoke = time.time()
     while trainer.step < args.steps:
         step, began = trainer.step, time.time()
         if args.window_from:  # shrink geometrically over the first half, then stay
             share = min(1.0, 2 * (step + 1) / args.steps)
             model.config.window = round(args.window_from * (window / args.window_from) ** share)
         rows = draw(train, step * args.batch, args.batch, [args.seed, 6])
+        rows = sft_rows(args, tokenizer, rows)
         n_tokens = sum(t >= 0 for row in rows for t in row["targets"])
         total = [0.0]
 
@@ -942,11 +947,9 @@ def convert(args):
             record |= {"held_out": loss_now, "gap_to_teacher": loss_now - teacher}
         shown = (f" | held-out {record['held_out']:.3f} (SA {teacher:.3f})"
                  if "held_out" in record else "")
-        quiet = not (shown or time.time() - spoke > 5)
-        spoke = spoke if quiet else time.time()
         trainer.log(record, f"sft w={args.window} step {step + 1}/{args.steps} | loss {loss:.3f}"
                             f"{shown} | norm {norm or float('nan'):.2f} | lr {lr:.1e} "
-                            f"| {tok_per_s:,.0f} tok/s" * (not quiet))
+                            f"| {tok_per_s:,.0f} tok/s", every=0 if shown else 5)
         stop = trainer.agreed(trainer.stopping)
         if stop or last or trainer.step % args.save_every == 0:
             trainer.save(final=last)

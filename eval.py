@@ -680,7 +680,7 @@ def reach_run(folder, seed, window, full_layers, distances, device, steps=300, n
         asked = sum(t >= 0 for row in rows for t in row["targets"])
         trainer.update(rows, lambda logprobs, *_, asked=asked: -logprobs.sum() / asked,
                        schedule(trainer.step, steps, 3e-3, 30, "linear", decay_from=0.6))
-        trainer.log({}, None)
+        trainer.log({}, f"reach w={window} step {trainer.step + 1}/{steps}", every=10)
         if trainer.step == steps or trainer.stopping:
             trainer.save(final=not trainer.stopping)
         if trainer.stopping:

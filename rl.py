@@ -1168,6 +1168,8 @@ def main():
     both = args.model == "tiny" and args.window != "full"
     if "NANOSWARR_ARM" in os.environ:  # started by tiny_recipe: ends with it, however that ends
         threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
+    elif RANK == 0 and not args.plan:
+        print("settings:", json.dumps(vars(args)), flush=True)
     if args.plan:
         length = args.max_new_tokens + 1024
         return print_plan(args, length, args.slots or args.prompts * args.group, length)
