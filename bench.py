@@ -60,8 +60,11 @@ def side_by_side(contestants, repeats, device):
         for name, run in contestants.items():
             began = clock(device)
             run()
+            taken = clock(device) - began
             if turn:
-                seconds[name].append(clock(device) - began)
+                seconds[name].append(taken)
+            if taken > 2:
+                print(f"  {name}, turn {turn} of {repeats}: {taken:.1f} s", flush=True)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
