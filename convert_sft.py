@@ -682,10 +682,8 @@ def pretrain_tiny(args):
         trainer.update(rows[RANK::WORLD], loss_fn,
                        schedule(here, round_steps, lr, 75, "linear", decay_from=0.6))
         trainer.log({}, f"base step {trainer.step + 1}/{round_steps}", every=10)
-        stop = trainer.agreed(trainer.stopping)
-        if stop or trainer.step % 100 == 0:
-            trainer.save()
-        if stop:
+        trainer.save()
+        if trainer.agreed(trainer.stopping):
             raise KeyboardInterrupt
         if trainer.step % round_steps == 0:
             read = reads_restatements(model, tokenizer, [args.seed, 3])
@@ -706,8 +704,8 @@ SETTINGS = {  # flag: (tiny, a real model on a CPU: a rehearsal, a real model on
     "max_length": (256, 512, 16384, "tokens of an example; longer ones are left out"),
     "eval_every": (50, 2, 50, "steps between held-out losses"),
     "held_out": (200, 4, 200, "examples for the held-out loss"),
-    "save_every": (10, 1, 20,
-                   "steps between checkpoints; Ctrl-C saves at once, kill -9 loses at most these"),
+    "save_every": (1, 1, 1, "steps between checkpoints: what kill -9 may lose; raise it where a "
+                            "save takes long"),
     "data": ("tiny", "open-r1/OpenR1-Math-220k", "open-r1/OpenR1-Math-220k",
              "JSONL file or hub id[:config[:split]]"),
     "instruction": ("", INSTRUCTION, INSTRUCTION, "appended to each problem"),

@@ -262,7 +262,11 @@ def over_seeds(groups, seed=0):
     """One array (P, R) for each training seed -> a cell: mean, interval, n problems, seeds' means.
 
     Resamples seeds, then problems, then repeats. One seed's interval says nothing about training.
+    Seeds without any problem (no correct trajectory, say) are left out; nan where all are.
     """
+    groups = [scores for scores in groups if len(scores)]
+    if not groups:
+        return dict.fromkeys(("mean", "low", "high"), math.nan) | {"n": 0, "seeds": []}
     draws = np.stack([resample(scores, seed=seed + i) for i, scores in enumerate(groups)])
     S, n = draws.shape
     rng = np.random.default_rng([seed, 2])
