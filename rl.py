@@ -111,7 +111,9 @@ def extract_answer(text: str) -> str | None:
     while len(boxes) < 3 and (at := max(text.rfind(b, 0, at) for b in ("\\boxed", "\\fbox"))) >= 0:
         boxes.append(_box(text, at))
     if boxes:
-        return max(boxes)[1] or None    # of nested boxes, the outer one ends last
+        answer = max(boxes)[1]          # of nested boxes, the outer one ends last
+        sentence = len(BOX.findall(answer)) == 1 and WORD.search(BOX.sub("", answer))
+        return (extract_answer(answer) if sentence else answer) or None
     tail = text[-4000:].strip(" \n\t*")
     if phrases := list(PHRASE.finditer(tail)):
         line = SENTENCE_END.split(tail[phrases[-1].end():].strip().split("\n")[0])[0].strip(" *")
@@ -160,7 +162,7 @@ UNITS = {alias: names.split()[0] for names in (
     "km kilometer kilometre", "ft foot feet", "yd yard", "mi mile", "s sec second", "min minute",
     "h hr hour", "day", "wk week", "month mo", "yr year", "g gram", "kg kilogram kilo", "am", "pm",
     "mg milligram", "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "unit",
-    r"$ \$ dollar usd", "¢ cent", "€ euro eur", "£ gbp", "¥", "₹", r"% \% percent", "rad radian",
+    r"$ \$ dollar usd", "¢ cent", "€ euro eur", "£ gbp", "¥", "₹", r"% \% percent", "rad radian", "k kelvin",
     ) for alias in names.split()}
 SHORT_WORDS = {"yes", "no", "odd", "red", "sq", "cu"}       # others are words from four letters
 CHARACTERS = str.maketrans({
@@ -196,6 +198,8 @@ def _mixed(match):
 
 REWRITES = [(re.compile(pattern), target) for pattern, target in (
     (r"\\(?:text)?color\s*\{\w*\}", ""),
+    (r"\\\\\s*\[-?[0-9.]+[a-z]{2}\]", r"\\\\"),                              # \\[4pt] in a matrix
+    (r"(?:\\[!,]\s*)*(?:\{:\}|(?<!\\):)(?:\s*\\[!,])*", ":"),                # 4{:}30
     (r"\bmph\b", "miles per hour"),
     (r"\b([aApP])\.\s?([mM])\b\.?", r"\1\2"),                               # a.m.
     (r"\b(sq|cu|ft|in|hrs?|lbs?|oz|yd|mi)\.", r"\1"),
@@ -210,13 +214,13 @@ REWRITES = [(re.compile(pattern), target) for pattern, target in (
     (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),                                 # 1.2 x 10^5
     (r"(?<![\w^.])([0-9]+)\s*\\[dt]?frac\s*\{?([0-9](?:[0-9]*\})?)\}?\s*\{?([0-9](?:[0-9]*\})?)\}?"
      r"|(?<![\w^.])([0-9]+)\s+([0-9]+)/([0-9]+)", _mixed),
-    (r"\(([0-9A-F]+)\)_", r"\1_"),
+    (r"[({]([0-9A-F]+)[)}]_", r"\1_"),                                       # {52}_8
     (r"\\mathbb\s*\{?R\}?|\\R\b", "ℝ"),
     (r'\\begin\s*\{"(?:small|[pb])?(?:matrix|array)"\}(?:\{[clr|"]*\})?(.*?)(?:\\\\\s*)?'
      r'\\end\s*\{"\w+"\}',      # a matrix is a row of rows
      lambda match: f"⟦⟦{match[1]}⟧⟧".replace("\\\\", "⟧,⟦").replace("&", ",")),
     (r"\\not\s*=", "≠"),
-    (r"\{\}|^[\s=:]+|[\s.,;:\\]+$", ""),
+    (r"\{\}|^[\s=:]+|[\s.,;:\\]+$|(?<=^[A-J])\)$", ""),
 )]
 SUB = r"(?:_(?:\w|\{[^{}]*\}))?'*"
 TOKEN = re.compile(rf"""
@@ -235,7 +239,8 @@ TOKEN = re.compile(rf"""
 UNIT = re.compile(rf"""(?:/\s*|\\cdot\s*)?
     (?:[€£¢¥₹%]|\\[$%]|"(?:{'|'.join(filter(str.isalpha, UNITS))})s?")
     (?:\s*\^\s*\{{?\s*-?[0-9]\s*\}}?)?(?:\s*/\s*[hsm]\b)?""", re.X | re.I)
-APPLES = re.compile(r'^([^A-Za-z"]*[0-9][^A-Za-z"]*)(?:\s*"[A-Za-z]+")+\s*$')     # any noun
+APPLES = re.compile(        # a number and any noun
+    r'^(?=.*[0-9])((?:\\[A-Za-z]+|\\.|[^A-Za-z"\\])*)(?:\s*"[A-Za-z]+")+\s*$', re.S)
 
 
 def _tokens(text):
@@ -402,8 +407,10 @@ class Parser:
                 return left
             else:
                 self.at += token in OPERATORS
-                if token[0] in ".0123456789" and self.tokens[self.at - 1] not in (")", "!"):
-                    raise Refused       # 2 3 is not 6
+                before, after = self.tokens[self.at - 1], self.tokens[self.at + 1]
+                if token[0] in ".0123456789" and before not in (")", "!") and not (
+                        before.isalpha() and after == "^"):
+                    raise Refused       # 2 3 is not 6, but n2^n is n * 2^n
                 left = build(left, self.expression(power - (token == "^")))
 
     def starts_factor(self):
@@ -604,6 +611,14 @@ def _region(node):
         symbols, points, tests = zip(*map(_region, items), strict=True)
         return set().union(*symbols), set().union(*points), (
             lambda x: COMBINE[kind]([test(x) for test in tests]))
+    elif kind in ("<", "≤") and any(isinstance(item, sympy.Abs) for item in items):
+        if isinstance(items[0], sympy.Abs):     # |x| < c: -c < x and x < c
+            joint, (x,), c = "∩", items[0].args, items[1]
+            ends = (_times(c, -ONE), x), (x, c)
+        else:                                   # c < |x|: x < -c or c < x
+            joint, (x,), c = "∪", items[1].args, items[0]
+            ends = (x, _times(c, -ONE)), (c, x)
+        return _region(Node(joint, tuple(Node(kind, pair) for pair in ends)))
     elif kind in ("<", "≤", "≠"):
         difference = _plus(*items, sign=-ONE)
         symbols = difference.free_symbols

@@ -1,6 +1,6 @@
 """This project's answer checker beside math-verify, on the same pairs.
 
-The pairs are the table of test_checker.py and, where the benchmarks are there, each of their golds
+The pairs are the tables of test_checker.py and, where the benchmarks are there, each of their golds
 against itself and against a near miss. CPU time of one grading, extraction included. Prints a
 table and one JSON line; --errors lists what each gets wrong.
 
@@ -34,7 +34,7 @@ def by_math_verify(response, gold):
 def pairs(folder):
     """(set, response, gold, expected)"""
     for row in ROWS:
-        yield "table", row["response"], row["gold"], row["expected"]
+        yield row["set"], row["response"], row["gold"], row["expected"]
     for path in (folder / f"{name}.jsonl" for name in BENCHMARKS):
         answers = path.read_text("utf-8").splitlines() if path.exists() else []
         for gold in sorted({json.loads(line)["answer"] for line in answers}):
@@ -80,7 +80,7 @@ def main():
         f"{'set':6} {'checker':18} {'pairs':>6} {'accuracy':>9} {'false +':>8} {'false -':>8} "
         f"{'median ms':>10} {'p99 ms':>8}"
     )
-    for name in ("table", "golds"):
+    for name in ("rows", "unseen", "golds"):
         rows = [row for row in everything if row[0] == name]
         for checker, function in checkers.items() if rows else ():
             figures, errors = measure(function, rows)
