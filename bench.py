@@ -91,10 +91,16 @@ def matmul_rate(device, n=8192):
 
 
 def random_model(shape, window, device, dtype):
+    """Of the size of trained weights: with larger ones every distribution collapses, and a CPU
+    computes its denormal numbers ten times as slowly."""
     config = ModelConfig(**{**vars(SHAPES[shape]), "window": window})
     torch.manual_seed(0)
     with device:
-        return Transformer(config).to(dtype)
+        model = Transformer(config)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.02)
+    return model.to(dtype)
 
 
 def table(rows):
@@ -367,21 +373,21 @@ def bench_generate_cpu(args):
 
     shape = args.shape
     prompts = torch.randint(0, SHAPES[shape].vocab_size, (8, 64)).tolist()
-    models = {f"{shape}, 8 x {args.new} tokens, window {w or 'full'}":
-              random_model(shape, w, device, torch.float32) for w in (None, 128)}
-    contestants = {name: lambda m=m: generate(m, prompts, args.new, seed=0)
-                   for name, m in models.items()}
-    peer = transformers_model(next(iter(models.values())))
-    if peer is not None:
-        ids = torch.tensor(prompts)
-        contestants["transformers generate, full"] = lambda: peer.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
-            max_new_tokens=args.new, min_new_tokens=args.new, pad_token_id=0)
+    ids, contestants = torch.tensor(prompts), {}
+    for dtype in (torch.bfloat16, torch.float32):  # most checkpoints are stored in the former
+        model, kind = random_model(shape, None, device, dtype), str(dtype)[6:]
+        short = random_model(shape, 128, device, dtype)
+        contestants[f"{kind}, window full"] = lambda m=model: generate(m, prompts, args.new, seed=0)
+        contestants[f"{kind}, window 128"] = lambda m=short: generate(m, prompts, args.new, seed=0)
+        if (peer := transformers_model(model)) is not None:
+            contestants[f"{kind}, transformers"] = lambda peer=peer: peer.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
+                max_new_tokens=args.new, min_new_tokens=args.new, pad_token_id=0)
     seconds = side_by_side(contestants, args.repeats, device)
-    last = list(seconds.values())[-1]
-    rows += [{"what": name, "tok/s": 8 * args.new / s,
-              "x transformers": last / s if peer is not None else None}
-             for name, s in seconds.items()]
+    for name, s in seconds.items():
+        peer = seconds.get(f"{name.split(',')[0]}, transformers")
+        rows.append({"what": f"{shape}, 8 x {args.new} tokens, {name}", "tok/s": 8 * args.new / s,
+                     "x transformers": peer and peer / s})
     finish(args, f"generate-cpu-{shape}", [{"what": r["what"], **{k: r.get(k) for k in (
         "tok/s", "x transformers", "cache MB", "peak process MB")}} for r in rows])
 

@@ -162,7 +162,7 @@ UNITS = {alias: names.split()[0] for names in (
     "km kilometer kilometre", "ft foot feet", "yd yard", "mi mile", "s sec second", "min minute",
     "h hr hour", "day", "wk week", "month mo", "yr year", "g gram", "kg kilogram kilo", "am", "pm",
     "mg milligram", "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "unit",
-    r"$ \$ dollar usd", "¢ cent", "€ euro eur", "£ gbp", "¥", "₹", r"% \% percent", "rad radian", "k kelvin",
+    r"$ \$ dollar usd", "¢ cent", "€ euro eur", "£ gbp", "¥", "₹", r"% \% percent", "rad radian",
     ) for alias in names.split()}
 SHORT_WORDS = {"yes", "no", "odd", "red", "sq", "cu"}       # others are words from four letters
 CHARACTERS = str.maketrans({
@@ -209,7 +209,9 @@ REWRITES = [(re.compile(pattern), target) for pattern, target in (
     (r'"(?:sq|square)"\s*("[a-z]+")', r"\1^2"), (r'"(?:cu|cubic)"\s*("[a-z]+")', r"\1^3"),
     (r'\s*"thousand"', "*10^3"), (r'\s*"million"', "*10^6"), (r'\s*"billion"', "*10^9"),
     (r"\{([^{}]*)(\\over|\\choose)\b([^{}]*)\}", r"\2{\1}{\3}"),
-    (r'(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\s*"degrees?"|°)(?:\s*"?[CF]\b"?)?', "° "),
+    (r'(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\s*"degrees?"|°)(?:\s*"?([CF])\b"?)?',
+     lambda match: f' "{match[1]}"' if match[1] else "° "),
+    (r'("(?:day|hour|hr|minute|min|feet|foot|ft)s?")\s*∧', r"\1"),             # 2 hours and 5 min
     (r"(?<=[0-9])(?:,\\!|\{,\}|\\[, ]|\s)\s*(?=[0-9]{3}(?![0-9/]))", ""),     # 10,\!080  1{,}000
     (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),                                 # 1.2 x 10^5
     (r"(?<![\w^.])([0-9]+)\s*\\[dt]?frac\s*\{?([0-9](?:[0-9]*\})?)\}?\s*\{?([0-9](?:[0-9]*\})?)\}?"
@@ -240,7 +242,9 @@ UNIT = re.compile(rf"""(?:/\s*|\\cdot\s*)?
     (?:[€£¢¥₹%]|\\[$%]|"(?:{'|'.join(filter(str.isalpha, UNITS))})s?")
     (?:\s*\^\s*\{{?\s*-?[0-9]\s*\}}?)?(?:\s*/\s*[hsm]\b)?""", re.X | re.I)
 APPLES = re.compile(        # a number and any noun
-    r'^(?=.*[0-9])((?:\\[A-Za-z]+|\\.|[^A-Za-z"\\])*)(?:\s*"[A-Za-z]+")+\s*$', re.S)
+    r'^(?=.*[0-9])((?:\\[A-Za-z]+|\\[^A-Za-z]|[^A-Za-z"\\])*)'
+    r'((?:\s*"(?:[A-Z]|[A-Za-z]{2,})")+)\s*$', re.S)
+SYMBOL = re.compile(r'"([A-Z]|[A-Za-z]{2}|[a-z]*[A-Z][A-Za-z]?)"')     # a unit: MW is not mW
 
 
 def _tokens(text):
@@ -253,8 +257,11 @@ def _tokens(text):
     plain = " ".join(filter(None, TOKEN.findall(text))).replace('"', "").casefold()
     units = [re.sub(r"[a-z]+|\\?[$%]", lambda m: UNITS.get(m[0], UNITS.get(m[0].rstrip("s"), m[0])),
                     re.sub(r'[\s{}"]', "", unit.lower())) for unit in UNIT.findall(text)]
-    tokens, depth = [], 0
-    for token in TOKEN.findall(APPLES.sub(r"\1", UNIT.sub(" ", text))):
+    text, tokens, depth = UNIT.sub(" ", text), [], 0
+    if apples := APPLES.match(text):
+        text, nouns = apples.groups()
+        units += SYMBOL.findall(nouns)
+    for token in TOKEN.findall(text):
         token = SPELLINGS.get(token, token)
         depth += (token in ("(", "[", "\\{")) - (token in (")", "]", "\\}"))
         if token[:1].isdigit() and "," in token:        # 1,234, but (1,234) is a pair
@@ -694,7 +701,8 @@ def _same(a, b):
 
 
 CHOICE = re.compile(        # (C) 42
-    r"(?:\\text\w*\s*\{\s*)?\(([A-J])\)\s*\}?(?:\\[ ,;]|[\s:.])*(?=[^\s}])(.+)", re.S)
+    r"(?:\\text\w*\s*\{\s*)?\(([A-J])\)\s*\}?(?:\\[ ,;]|[\s:.])*(?=[^\s}])"
+    r"(?!.*\([A-J]\))(.+)", re.S)
 
 
 def grade(response, gold) -> str:

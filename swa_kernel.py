@@ -115,13 +115,16 @@ def _decode_torch(q, k, v, position):
     if not q.is_cuda:                                 # on a GPU a look at the values is a host sync
         S = min(S, int(position.max()) + 1)           # the used part of a long cache
         k, v = k[:, :S], v[:, :S]
-    stale = (torch.arange(S, device=q.device) > position[:, None])[:, None, None]   # (B, 1, 1, S)
-    q = (q * q.shape[-1] ** -0.5).unflatten(1, (k.shape[2], -1))                    # (B, Hkv, G, D)
-    p = (q @ k.permute(0, 2, 3, 1)).masked_fill(stale, float("-inf")).softmax(dim=-1)
-    v = v.transpose(1, 2)
-    o = p @ v                                         # (B, Hkv, G, S) @ (B, Hkv, S, D)
-    if q.is_cuda or o.isnan().any():                  # 0 * NaN of a stale slot; cleaning copies v
-        o = p @ v.masked_fill(stale.mT, 0)
+    stale = torch.arange(S, device=q.device) > position[:, None]                    # (B, S)
+    q = q.unflatten(1, (k.shape[2], -1))              # (B, Hkv, G, D): a group's heads as queries
+
+    def attend(k, v):
+        return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2),
+                                              attn_mask=~stale[:, None, None])
+
+    o = attend(k, v)
+    if q.is_cuda or o.isnan().any():                  # a stale slot's NaN; cleaning copies k and v
+        o = attend(*(x.masked_fill(stale[:, :, None, None], 0) for x in (k, v)))
     return o.flatten(1, 2)
 
 

@@ -318,6 +318,30 @@ def test_logprobs_are_those_of_the_training_forward(temperature):
         assert max(r.tokens) < 50 and 0 < len(r.tokens) <= 9
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_packed_matrices_are_the_weights_of_now(dtype, tolerance):
+    ours = tiny(model_type="qwen2", hidden_size=256, intermediate_size=512).to(dtype)
+    for p in ours.parameters():
+        p.mul_(1 if p.dim() == 1 else 0.3)
+    if not nano.can_pack(ours.model.layers[0].mlp.up_proj.weight):
+        pytest.skip("this CPU does not pack")
+    kinds = [type(module) for module in nano.packed(ours).modules()]
+    assert kinds.count(nano.PackedLinear) == 9 and torch.nn.Linear in kinds  # the MLPs', not q to o
+    assert not any(isinstance(module, nano.PackedLinear) for module in ours.modules())
+    for _ in range(2):  # weights that change between two generations: RL's refreshed copy
+        logprobs, expected = [], []
+        for r in generate(ours, PROMPTS[:3], 9, seed=1):
+            ids = torch.tensor([r.prompt + r.tokens])
+            logp, _ = ours(ids[:, :-1], targets=ids[:, 1:])
+            logprobs += r.logprobs
+            expected += logp[0, len(r.prompt) - 1:].tolist()
+        close(torch.tensor(logprobs), torch.tensor(expected), tolerance)
+        assert torch.tensor(expected).std() > 3 * tolerance
+        for block in ours.model.layers:
+            block.mlp.up_proj.weight *= -2
+
+
 def chi_square(tokens, p):
     expected = p * len(tokens)
     return ((torch.bincount(tokens, minlength=len(p)) - expected) ** 2 / expected).sum()
