@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -55,6 +56,20 @@ def test_the_tiny_recipe(tmp_path):
 
     command = "--benchmarks tiny --limit 3 --max-new-tokens 24 --device cpu --model".split()
     assert "tiny" in start("eval", "--out", tmp_path / "out", *command, *arms[1:3])
+
+
+def test_an_arm_ends_with_the_recipe_that_started_it(tmp_path):
+    command = [sys.executable, ROOT / "rl.py", *flags(untrained(tmp_path), TINY_RL),
+               "--window", "full", "--steps", "1000"]
+    arm = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, text=True,
+                           stdout=subprocess.PIPE, env={**os.environ, "NANOSWARR_ARM": "SA"})
+    try:
+        assert arm.stdout.readline()  # it is at work
+        arm.stdin.close()  # as the end of its parent would, a kill -9 too
+        assert arm.wait(timeout=30) == 1
+    finally:
+        arm.kill()
+    assert not (tmp_path / "tiny" / "rl-wfull" / "config.json").exists()
 
 
 def test_stage_one_alone(tmp_path, monkeypatch):

@@ -530,13 +530,17 @@ def test_a_folder_is_the_model_that_was_trained(tmp_path, more, stop_at_2):
     close(-logp.sum() / (micro["targets"] >= 0).sum(), logged(folder)[-1]["held_out"])
 
 
+def two_ranks(*arguments):
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    return subprocess.run(worker(*arguments, launcher=launcher), timeout=120, env=ENVIRONMENT,
+                          capture_output=True, text=True)
+
+
 def test_two_ranks_are_one(tmp_path):
     """The same global batch on two gloo ranks, with unequal shares; then on one rank again."""
     one, two = untrained(tmp_path / "one"), untrained(tmp_path / "two")
     run("rl", one, RL.format(1))
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    done = subprocess.run(worker("rl", two, RL.format(1), launcher=launcher), timeout=300,
-                          env=ENVIRONMENT, capture_output=True, text=True)
+    done = two_ranks("rl", two, RL.format(1))
     assert done.returncode == 0, done.stderr[-3000:]
     same = "loss held_out gap_to_teacher grad_norm lr reward length entropy informative".split()
     for stage in ("tiny/sft-w24", "tiny/rl-w24"):
@@ -549,6 +553,45 @@ def test_two_ranks_are_one(tmp_path):
     assert [r["step"] for r in logged(two / stage)] == [1, 2]
 
 
+@pytest.mark.parametrize("stage, text", [("sft", SFT), ("rl", RL.format(4))])
+def test_ranks_stop_together(after_sft, stage, text):
+    """SIGTERM reaches rank 1 alone, in the first step: both save that step and leave."""
+    folder = after_sft / "tiny" / f"{stage}-w24"
+    if stage == "sft":
+        shutil.rmtree(folder)
+    done = two_ranks(stage, after_sft, text, "interrupt rank 1")
+    assert done.stdout.count("left the loop") == 2, done.stderr[-3000:]
+    assert [r["step"] for r in logged(folder)] == [1]
+    assert (folder / "step-000001" / "config.json").exists()
+    assert not (folder / "config.json").exists()
+
+
+def test_ranks_wait_for_rank_0(monkeypatch):
+    """It validates alone, which takes longer than the half hour after which gloo gives up."""
+    given = {}
+    monkeypatch.setattr(convert_sft, "WORLD", 2)
+    monkeypatch.setattr(convert_sft.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(convert_sft.dist, "init_process_group", lambda *a, **kw: given.update(kw))
+    convert_sft.pick_device("cpu")
+    assert given["timeout"].total_seconds() >= 6 * 3600
+
+
+def interrupted(self, *arguments, **options):
+    """Trainer.update in a process that gets a SIGTERM meanwhile."""
+    signal.raise_signal(signal.SIGTERM)
+    return update(self, *arguments, **options)
+
+
 if __name__ == "__main__":
+    update = Trainer.update
+    interrupts = len(sys.argv) > 4
+    if interrupts and convert_sft.RANK == 1:
+        Trainer.update = interrupted
     rl.grade_batch = odd
-    cli(lambda: run(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))
+    try:
+        cli(lambda: run(sys.argv[1], Path(sys.argv[2]), sys.argv[3]))
+    except BaseException:
+        if not interrupts:
+            raise
+        convert_sft.dist.barrier()  # a rank that went on alone would not be here
+        print("left the loop", flush=True)
