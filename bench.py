@@ -126,15 +126,11 @@ def finish(args, name, rows, draw=None):
     result = {"bench": name, "machine": describe_machine(args.torch_device), "rows": rows}
     write_file(folder / f"{name}.json", lambda f: f.write_text(json.dumps(result, indent=1)))
     if draw:
-        import matplotlib
+        from matplotlib.figure import Figure  # takes a second
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure = draw(plt)
-        figure.tight_layout()
+        figure = Figure(figsize=(8, 3.4), layout="tight")
+        draw(figure)
         write_file(folder / f"{name}.png", lambda f: figure.savefig(f, dpi=110, format="png"))
-        plt.close(figure)
     print(json.dumps(result), flush=True)
 
 
@@ -251,8 +247,8 @@ def bench_kernels(args):
                          "ms": s * 1e3, "TFLOP/s": None, "of ceiling": size / s / bandwidth,
                          "MB": size / 1e6})
 
-    def draw(plt):
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.4), sharey=True)
+    def draw(figure):
+        axes = figure.subplots(1, 2, sharey=True)
         D = rows[0]["D"]
         for axis, part in zip(axes, ("forward", "backward"), strict=True):
             names = dict.fromkeys(r["what"] for r in rows if r["part"] == part)
@@ -269,7 +265,6 @@ def bench_kernels(args):
             axis.grid(alpha=0.3)
         axes[0].set_ylabel("time (ms)")
         axes[0].legend(fontsize=6)
-        return figure
 
     finish(args, f"kernels-{'gpu' if gpu else 'cpu'}", rows, draw)
 
@@ -334,8 +329,8 @@ def bench_generate_gpu(args):
                   f"{row['tok/s, same memory']:,.0f} tok/s", flush=True)
             del model
 
-    def draw(plt):
-        figure, axes = plt.subplots(1, 2, figsize=(8, 3.2))
+    def draw(figure):
+        axes = figure.subplots(1, 2)
         for window, style in (("full", "o-"), (2048, "s--"), (4096, "^--"), (8192, "v--")):
             own = [r for r in rows if r["window"] == window]
             for axis, column in zip(axes, ("tok/s, same memory", "cache MB/seq"), strict=True):
@@ -344,7 +339,6 @@ def bench_generate_gpu(args):
                             label=f"window {window}")
                 axis.set(xlabel="context (tokens)", ylabel=column)
         axes[0].legend(fontsize=8)
-        return figure
 
     finish(args, f"generate-{args.shape}", rows, draw)
 

@@ -64,6 +64,10 @@ try:
 except ImportError:  # Windows has no such locks
     fcntl = None
 
+# Read by PyTorch at its first large buffer on a CPU: huge pages. With 4 kB pages a tenth of a
+# training step of a real model goes into mapping them
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+
 DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -613,16 +617,14 @@ CURVES = {  # column of log.jsonl: label; a run's picture shows those that it ha
 
 def draw_curves(path, records, title):
     """The run's log as small multiples."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # takes a second
 
     columns = [c for c in CURVES if any(c in r for r in records)]
     if not columns:
         return
     lines = -(-len(columns) // 2)
-    figure, axes = plt.subplots(lines, 2, figsize=(8, 2.2 * lines), squeeze=False)
+    figure = Figure(figsize=(8, 2.2 * lines), layout="tight")
+    axes = figure.subplots(lines, 2, squeeze=False)
     for axis, column in zip(axes.flat, columns, strict=False):
         points = [(r["step"], r[column]) for r in records if r.get(column) is not None]
         axis.plot(*zip(*points, strict=True), color="#0072B2", linewidth=1.2,
@@ -633,9 +635,7 @@ def draw_curves(path, records, title):
     for axis in axes.flat[len(columns):]:
         axis.set_visible(False)
     figure.suptitle(title, fontsize=9)
-    figure.tight_layout()
     write_file(path, lambda f: figure.savefig(f, dpi=110, format="png"))
-    plt.close(figure)
 
 
 def all_max(value, device):

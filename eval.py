@@ -782,15 +782,12 @@ OTHERS = ["#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#F0E442", "#000000"]
 
 def draw(path, panels):
     """Panels of bars or lines side by side, or strips of tokens one above another; 800 px wide."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # takes a second
 
     strips = any(panel["kind"] == "strip" for panel in panels)
     grid, height = ((len(panels), 1), 1.7 * len(panels)) if strips else ((1, len(panels)), 3.6)
-    figure, axes = plt.subplots(*grid, figsize=(8, height), squeeze=False, layout="constrained",
-                                sharey=strips)
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.subplots(*grid, squeeze=False, sharey=strips)
     for axis, panel in zip(axes.flat, panels):
         draw_panel(axis, panel)
         axis.spines[["top", "right"]].set_visible(False)
@@ -805,7 +802,6 @@ def draw(path, panels):
     figure.supxlabel(count(v for p in panels for s in p["series"].values() for v in s), x=0.99,
                      ha="right", fontsize=7, color="gray")
     write_file(path, lambda f: figure.savefig(f, dpi=200, format="png"))
-    plt.close(figure)
 
 
 def draw_panel(axis, panel):

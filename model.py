@@ -633,12 +633,6 @@ class Tokenizer:
         folder = resolve(name_or_path, names)
         return cls({n: (folder / n).read_bytes() for n in names if (folder / n).is_file()})
 
-    def save(self, folder):
-        """Write the files as they were read, but config.json, which is the model's to write."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in self.files.keys() & set(TOKENIZER_FILES):
-            (Path(folder) / name).write_bytes(self.files[name])
-
     def _json(self, name):
         try:
             return dict(json.loads(self.files.get(name, b"{}")))

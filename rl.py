@@ -1134,12 +1134,10 @@ def tiny_recipe(args):
 
 def draw_recipe(path, cells, runs, args):
     """Left: accuracy at T=1 after SFT and after RL with intervals; right: reward over RL steps."""
-    import matplotlib
+    from matplotlib.figure import Figure  # takes a second
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (bars, curves) = plt.subplots(1, 2, figsize=(8, 3.2))
+    figure = Figure(figsize=(8, 3.2), layout="tight")
+    bars, curves = figure.subplots(1, 2)
     for i, (arm, color) in enumerate({"SA": "#E69F00", "SWA": "#0072B2"}.items()):
         label = "SA (full attention)" if arm == "SA" else f"SWA (window {args.window})"
         mean, low, high = zip(*(cells[arm, stage]["T=1"] for stage in ("sft", "rl")))
@@ -1156,9 +1154,7 @@ def draw_recipe(path, cells, runs, args):
     curves.set(xlabel="RL step", ylabel="mean reward on training prompts", ylim=(0, 1.05))
     curves.legend(loc="lower right", fontsize=8)
     figure.suptitle(f"tiny task, seed {args.seed}, 95 % bootstrap intervals", fontsize=9)
-    figure.tight_layout()
     write_file(path, lambda f: figure.savefig(f, dpi=110, format="png"))
-    plt.close(figure)
 
 
 def parser():

@@ -287,18 +287,6 @@ def test_chat_without_a_template(tokenizer_folder):
     assert with_bos.chat(CHAT) == [1, *tokenizer.chat(CHAT)]
 
 
-def test_save_copies_the_files(tmp_path):
-    files = tiny(others={"generation_config.json": {"eos_token_id": [2, 3]}})
-    source, target = tmp_path / "source", tmp_path / "a" / "target"
-    source.mkdir()
-    for name, content in (files | {"config.json": b"{}", "model.safetensors": b""}).items():
-        (source / name).write_bytes(content)
-    Tokenizer.from_pretrained(source).save(target)
-    assert {f.name: f.read_bytes() for f in target.iterdir()} == files  # config.json: the model's
-    Tokenizer.from_pretrained(target).save(target)  # onto itself
-    assert Tokenizer.from_pretrained(str(target)).stop_ids == {2, 3}
-
-
 # -------------------------------------------------------------------------------------- errors
 
 
