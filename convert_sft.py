@@ -876,10 +876,15 @@ def peak_bytes(plan):
     return phases["always"] + max(phases["update"], phases.get("rollout", 0))
 
 
+def config_of(model):
+    """The configuration of --model."""
+    return replace(TINY) if model == "tiny" else ModelConfig.from_dict(
+        read_json(resolve(model, ["config.json"]) / "config.json"))
+
+
 def print_plan(args, tokens, slots=0, length=0):
     """The plan of one GPU, before anything is allocated; needs config.json only."""
-    config = replace(TINY) if args.model == "tiny" else ModelConfig.from_dict(
-        read_json(resolve(args.model, ["config.json"]) / "config.json"))
+    config = config_of(args.model)
     config.window, config.full_layers = as_window(args.window), tuple(args.full_layers or ())
     tokens = max(tokens, args.micro_tokens)
     plan = memory_plan(config, tokens, slots, length)

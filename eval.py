@@ -652,65 +652,76 @@ def locality(args):
          "series": {label: [kl for _, kl in strip]}} for label, strip in zip(labels[2:], example)]}
 
 
-REACH_LENGTH = 80  # tokens of a retrieval example
-
-
-def reach_example(rng, tokenizer, distance, queries=0.0):
+def reach_example(rng, tokenizer, length, distance, queries=0.0):
     """Letters with one digit among them and `?` at the end, `distance` tokens after the digit ->
     (tokens, targets): the digit is asked for under that `?`, and, with queries > 0, also under
     some on the way, which makes training fast."""
-    tokens = rng.choice(tokenizer.encode("abcdefghijkl"), REACH_LENGTH)
-    digit, fact = rng.choice(tokenizer.encode("0123456789")), REACH_LENGTH - 1 - distance
-    asked = (np.arange(REACH_LENGTH) > fact) & (rng.random(REACH_LENGTH) < queries)
+    letters, digits, (query,) = (  # one by one: a real tokenizer would merge them
+        [tokenizer.encode(c)[0] for c in text] for text in ("abcdefghijkl", "0123456789", "?"))
+    tokens, fact = rng.choice(letters, length), length - 1 - distance
+    digit = rng.choice(digits)
+    asked = (np.arange(length) > fact) & (rng.random(length) < queries)
     asked[-1] = True
-    tokens[asked], tokens[fact] = tokenizer.encode("?")[0], digit
+    tokens[asked], tokens[fact] = query, digit
     return tokens.tolist(), np.where(asked, digit, -1).tolist()
 
 
-def reach_run(folder, seed, window, full_layers, distances, device, steps=300, n=500):
-    """Trains a model of the tiny size on retrieval -> scores (n, 1) at each distance."""
-    torch.set_num_threads(1)
-    model = tiny_base(seed)
-    model.config.window, model.config.full_layers = as_window(window), full_layers
+def reach_run(folder, stage, full_layers, distances, length, steps=300, batch=32, lr=3e-3, n=500):
+    """Trains on retrieval -> scores (n, 1) at each distance: the tiny model from scratch, a real
+    one from its checkpoint, with stage 1's settings."""
+    if stage.model == "tiny":
+        torch.set_num_threads(1)
+        model = tiny_base(stage.seed)
+    else:
+        sft = other_stage(stage, convert_sft.SETTINGS, steps=stage.sft_steps)
+        steps, batch, lr, n = sft.steps, sft.batch, sft.lr, sft.held_out
+        model = Transformer.from_pretrained(stage.model, dtype=torch.float32)
+    model.config.window, model.config.full_layers = as_window(stage.window), full_layers
     tokenizer = Tokenizer(model.tokenizer_files)
-    settings = {"stage": "reach", "seed": seed, "steps": steps}
-    trainer = Trainer(model, folder, settings, pick_device(device))
+    settings = {"stage": "reach", "seed": stage.seed, "steps": steps}
+    trainer = Trainer(model, folder, settings, pick_device(stage.device),
+                      micro_tokens=stage.micro_tokens)
     if not trainer.done(steps):
         trainer.begin()
     while not trainer.done(steps):
-        rng = np.random.default_rng([seed, 14, trainer.step])
+        rng = np.random.default_rng([stage.seed, 14, trainer.step])
         rows = [dict(zip(("tokens", "targets"), reach_example(
-            rng, tokenizer, rng.integers(1, REACH_LENGTH), queries=0.3))) for _ in range(32)]
+            rng, tokenizer, length, rng.integers(1, length), queries=0.3))) for _ in range(batch)]
         asked = sum(t >= 0 for row in rows for t in row["targets"])
         trainer.update(rows, lambda logprobs, *_, asked=asked: -logprobs.sum() / asked,
-                       schedule(trainer.step, steps, 3e-3, 30, "linear", decay_from=0.6))
-        trainer.log({}, f"reach w={window} step {trainer.step + 1}/{steps}", every=10)
+                       schedule(trainer.step, steps, lr, steps // 10, "linear", decay_from=0.6))
+        trainer.log({}, f"reach w={stage.window} step {trainer.step + 1}/{steps}", every=10)
         if trainer.step == steps or trainer.stopping:
             trainer.save(final=not trainer.stopping)
         if trainer.stopping:
             raise KeyboardInterrupt
-    found, rng = [], np.random.default_rng([seed, 15])
+    found, rng = [], np.random.default_rng([stage.seed, 15])
     for distance in distances:
-        examples = [reach_example(rng, tokenizer, distance) for _ in range(n)]
-        tokens, targets = torch.tensor(examples, device=trainer.device).unbind(1)  # (n, T) each
-        with torch.no_grad():
-            right = states(model, tokens)[:, -1:] @ model.lm_head.weight.T
-        found.append((right.argmax(-1) == targets[:, -1:]).int().tolist())
+        examples = [reach_example(rng, tokenizer, length, distance) for _ in range(n)]
+        scores = []
+        for part in torch.tensor(examples, device=trainer.device).split(100):
+            tokens, targets = part.unbind(1)  # (n, T) each
+            with torch.no_grad():
+                right = states(model, tokens)[:, -1:] @ model.lm_head.weight.T
+            scores += (right.argmax(-1) == targets[:, -1:]).int().tolist()
+        found.append(scores)
     return found
 
 
 def reach(args):
     """Retrieval at a chosen distance: beyond layers x (window - 1), pure SWA must fail"""
-    layers, W = convert_sft.TINY.num_hidden_layers, args.window or 16
-    if args.model[0] != "tiny" or W == "full" or not 3 <= W <= 16:
-        raise UsageError("--analysis reach trains small models of its own: give --model tiny and a "
-                         "--window from 3 to 16")
-    far = layers * (W - 1)
+    config, W = convert_sft.config_of(args.model[0]), args.window or 16
+    layers, limit = config.num_hidden_layers, config.max_position_embeddings
+    if W == "full" or W < 3 or layers * (W - 1) + 35 > limit:
+        raise UsageError(f"--analysis reach asks for facts beyond {layers} layers x (window - 1): "
+                         f"give a --window from 3 to {(limit - 35) // layers + 1}")
+    far, middle = layers * (W - 1), layers // 2
     distances = sorted({W // 2, W - 1, W, 2 * (W - 1), far - 2, far, far + 1, far + 10, far + 30})
-    kinds = {"SA": ("full", ()), "hybrid, layer 1 full": (W, (1,)), "SWA": (W, ())}
+    kinds = {"SA": ("full", ()), f"hybrid, layer {middle} full": (W, (middle,)), "SWA": (W, ())}
     runs = stage_folder(recipe(args, 0), "sft").parent / "analysis" / "runs" / "reach"
-    tasks = [(runs / f"{label.split(',')[0]}-w{W}-seed{seed}", seed, *kind, distances, args.device)
-             for label, kind in kinds.items() for seed in args.seeds]
+    tasks = [(runs / f"{label.split(',')[0]}-w{W}-seed{seed}", recipe(args, seed, window=window),
+              full_layers, distances, far + 35)
+             for label, (window, full_layers) in kinds.items() for seed in args.seeds]
     results = iter(run_all(reach_run, tasks, args.workers))
     series = {}
     for label in kinds:

@@ -171,6 +171,8 @@ CHARACTERS = str.maketrans({
         "½": 12, "⅓": 13, "⅔": 23, "¼": 14, "¾": 34, "⅕": 15, "⅛": 18}.items()}})
 
 
+BASES = dict(zip("two three four five six seven eight nine ten eleven twelve".split(),
+                 range(2, 13), strict=True))
 COUNTED = re.compile(r"(?:[0-9})/]|\b(?:sq|square|cu|cubic|per))\s*$")     # 5 km, but am + bn
 
 
@@ -216,6 +218,7 @@ REWRITES = [(re.compile(pattern), target) for pattern, target in (
     (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),                                 # 1.2 x 10^5
     (r"(?<![\w^.])([0-9]+)\s*\\[dt]?frac\s*\{?([0-9](?:[0-9]*\})?)\}?\s*\{?([0-9](?:[0-9]*\})?)\}?"
      r"|(?<![\w^.])([0-9]+)\s+([0-9]+)/([0-9]+)", _mixed),
+    (r'(?<=_)\s*\{?\s*"?([a-z]+)"?\s*\}?', lambda match: f"{BASES.get(match[1], match[0])}"),
     (r"[({]([0-9A-F]+)[)}]_", r"\1_"),                                       # {52}_8
     (r"\\mathbb\s*\{?R\}?|\\R\b", "ℝ"),
     (r'\\begin\s*\{"(?:small|[pb])?(?:matrix|array)"\}(?:\{[clr|"]*\})?(.*?)(?:\\\\\s*)?'

@@ -416,8 +416,8 @@ BAD = {
     "benchmark": (["--model", "m", "--benchmarks", "tiny,nope"], "nope"),
     "model": (["--model", "./nowhere", "--benchmarks", "tiny"], "nowhere"),
     "regrade": (["--regrade", "./nowhere.jsonl"], "nowhere.jsonl"),
-    "reach": (["--model", "some/base", "--analysis", "reach"], "--model tiny"),
-    "reach window": (["--model", "tiny", "--analysis", "reach", "--window", "40"], "--window"),
+    "reach": (["--model", "./nowhere", "--analysis", "reach"], "nowhere"),
+    "reach window": (["--model", "tiny", "--analysis", "reach", "--window", "200"], "--window"),
 }
 
 
@@ -582,16 +582,18 @@ def test_a_window_reaches_as_far_as_its_layers():
 # ------------------------------------------------------------------------------------- analyses
 
 
-def test_retrieval_is_at_the_stated_distance():
-    model, rng = tiny_base(0), np.random.default_rng(0)
-    tokenizer = Tokenizer(model.tokenizer_files)
-    for distance in (1, 7, 45, evaluation.REACH_LENGTH - 1):
+@pytest.mark.parametrize("kind", ["tiny", "smollm2"])
+def test_retrieval_is_at_the_stated_distance(kind, request):
+    tokenizer, rng = Tokenizer(tiny_base(0).tokenizer_files), np.random.default_rng(0)
+    if kind != "tiny":
+        tokenizer = Tokenizer.from_pretrained(request.getfixturevalue(kind))
+    for distance in (1, 7, 45, 79):
         for queries in (0, 0.3):
-            tokens, targets = reach_example(rng, tokenizer, distance, queries)
+            tokens, targets = reach_example(rng, tokenizer, 80, distance, queries)
             digits = [i for i, t in enumerate(tokens) if tokenizer.decode([t]).isdigit()]
             assert (
                 digits == [len(tokens) - 1 - distance]
-                and len(tokens) == len(targets) == evaluation.REACH_LENGTH
+                and len(tokens) == len(targets) == 80
             )
             assert [t == tokenizer.encode("?")[0] for t in tokens] == [t >= 0 for t in targets]
             assert {t for t in targets if t >= 0} == {tokens[digits[0]]} == {targets[-1]}
@@ -606,7 +608,7 @@ def test_beyond_the_reach_a_fact_changes_nothing(full_layers):
     model.config.window, model.config.full_layers = W, full_layers
     digits = tokenizer.encode("0123456789")
     for distance, seen in ((3 * (W - 1), True), (3 * (W - 1) + 1, bool(full_layers))):
-        tokens = torch.tensor([reach_example(rng, tokenizer, distance)[0]] * 10)
+        tokens = torch.tensor([reach_example(rng, tokenizer, 80, distance)[0]] * 10)
         tokens[:, -1 - distance] = torch.tensor(digits)
         last = states(model, tokens)[:, -1]
         assert ((last - last[0]).abs().max() > 1e-12) == seen
@@ -674,7 +676,7 @@ def test_analysis(name, started, monkeypatch, capsys):
     monkeypatch.setattr(
         convert_sft, "tiny_problems", lambda n, *rest, **more: few(min(n, 64), *rest, **more)
     )
-    monkeypatch.setattr(evaluation.reach_run, "__defaults__", (2, 5))
+    monkeypatch.setattr(evaluation.reach_run, "__defaults__", (2, 4, 3e-3, 5))
     flags = "--steps 2 --sft-steps 2 --prompts 2 --group 2 --max-new-tokens 12 --validate 4"
     flags += " --workers 1 --device cpu"
     command = ["--model", "tiny", "--analysis", name, *flags.split(), "--out", started, *more]
