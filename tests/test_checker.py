@@ -19,7 +19,7 @@ from rl import extract_answer, grade, grade_batch, is_correct
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = ["gsm8k_test", "math500", "aime24", "aime25", "amc23", "olympiadbench"]
-ROWS = [  # rows: written with the checker; unseen: by others, after it, then added here
+ROWS = [  # rows: written with the checker; unseen: without sight of it, then added here
     {"set": name, **json.loads(line)}
     for name in ("rows", "unseen")
     for line in (HERE / f"checker_{name}.jsonl").read_text("utf-8").splitlines()
