@@ -429,10 +429,10 @@ def bench_train(args):
             data = [make_row(ids[:1], ids[1:], advantage=[1.0] * T, mask=[1.0] * T) for ids in data]
 
             def sft(trainer=trainer, data=data):
-                trainer.update(data, lambda logp, entropy, m: -logp.sum() / tokens, 1e-6)
+                trainer.update(data, lambda logp, m: -logp.sum() / tokens, 1e-6)
 
             def rl(trainer=trainer, data=data):
-                trainer.update(data, lambda logp, entropy, m: grpo_loss(
+                trainer.update(data, lambda logp, m: grpo_loss(
                     logp, logp.detach(), m["advantage"], m["mask"], tokens), 1e-6)
 
             name = f"T={T}, window {w or 'full'}"

@@ -467,27 +467,25 @@ class Trainer:
         return self.step >= steps and (self.folder / "config.json").exists()
 
     def forwards(self, micro, temperature):
-        """(micro-batch, log-probabilities, entropy), one after another; under FSDP every rank must
-        join in every forward and backward, so a rank with fewer micro-batches idles along on a
-        dummy."""
+        """(micro-batch, log-probabilities), one after another; under FSDP every rank must join in
+        every forward and backward, so a rank with fewer micro-batches idles along on a dummy."""
         idle = pack([make_row([0], [0])], 1, self.device)[0]
         idle |= {"targets": idle["targets"] - 1, "idle": True}
         for m in micro + [idle] * (int(all_max(len(micro), self.device)) - len(micro)):
             with self.amp:
-                yield m, *self.model(m["tokens"], m["cu_seqlens"], m["targets"], temperature)
+                yield m, self.model(m["tokens"], m["cu_seqlens"], m["targets"], temperature)
 
     def update(self, rows, loss_fn, lr, temperature=1.0):
         """One optimizer step on this rank's rows; returns the grad norm, or None if it was not
         finite.
 
-        loss_fn(logprobs, entropy, micro) is a sum already divided by the count of the *whole*
-        batch over micro-batches and ranks, so the gradient does not depend on how rows are packed
-        or spread.
+        loss_fn(logprobs, micro) is a sum already divided by the count of the *whole* batch over
+        micro-batches and ranks, so the gradient does not depend on how rows are packed or spread.
         """
         self.optimizer.zero_grad()
-        for m, logprobs, entropy in self.forwards(pack(rows, self.micro_tokens, self.device),
-                                                  temperature):
-            loss = logprobs.sum() * 0.0 if "idle" in m else loss_fn(logprobs, entropy, m)
+        micro = pack(rows, self.micro_tokens, self.device)
+        for m, logprobs in self.forwards(micro, temperature):
+            loss = logprobs.sum() * 0.0 if "idle" in m else loss_fn(logprobs, m)
             (loss * WORLD).backward()  # FSDP averages over the ranks; the loss is a sum
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
@@ -509,7 +507,7 @@ class Trainer:
     def add_logprobs(self, rows, name, temperature=1.0):
         """Adds this model's log-probabilities of the targets to the rows, as a column."""
         batches = [pack([row], 1, self.device)[0] for row in rows]
-        for row, (_, logprobs, _) in zip(rows, list(self.forwards(batches, temperature)),
+        for row, (_, logprobs) in zip(rows, list(self.forwards(batches, temperature)),
                                          strict=False):  # idle ones too
             row[name] = logprobs[0].tolist()
 
@@ -671,7 +669,7 @@ def pretrain_tiny(args):
         stream += tokenizer.encode(f"<bos>{row['problem']}{row['solution']}<eos>")
     stream, T, B = torch.tensor(stream), 128, 16
 
-    def loss_fn(logprobs, entropy, micro):
+    def loss_fn(logprobs, micro):
         return -logprobs.sum() / (B * T)
 
     while True:
@@ -805,7 +803,7 @@ def held_out_loss(model, rows, device, micro_tokens):
     total, count = 0.0, 0
     for m in pack(rows, micro_tokens, device):
         with compute_type(device):
-            logprobs, _ = model(m["tokens"], m["cu_seqlens"], m["targets"])
+            logprobs = model(m["tokens"], m["cu_seqlens"], m["targets"])
         total, count = total - logprobs.sum().item(), count + (m["targets"] >= 0).sum().item()
     return total / count if count else float("nan")
 
@@ -933,7 +931,7 @@ def convert(args):
         n_tokens = sum(t >= 0 for row in rows for t in row["targets"])
         total = [0.0]
 
-        def loss_fn(logprobs, entropy, micro):
+        def loss_fn(logprobs, micro):
             loss = -logprobs.sum() / n_tokens
             total[0] += loss.item()
             return loss

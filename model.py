@@ -338,10 +338,10 @@ class Transformer(nn.Module):
         """tokens (B, T) -> logits (B, T, V).
 
         cu_seqlens (N+1,) int32: B is 1 and N rows lie packed one after another.
-        targets (B, T), -1 where nothing is asked: returns instead log p(target) and the entropy in
-        nats, both (B, T) float32 and 0 where not asked, of softmax(logits / temperature). The
-        logits are made in chunks of tokens, so that a (T, V) matrix never exists: at 32k tokens
-        and 152k words it would take 20 GB.
+        targets (B, T), -1 where nothing is asked: returns instead log p(target) in nats, (B, T)
+        float32 and 0 where not asked, of softmax(logits / temperature). The logits are made in
+        chunks of tokens, so that a (T, V) matrix never exists: at 32k tokens and 152k words it
+        would take 20 GB.
         """
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         if cu_seqlens is not None:
@@ -356,21 +356,19 @@ class Transformer(nn.Module):
         return self.lm_head(x) if targets is None else self.score(x, targets, temperature)
 
     def score(self, x, targets, temperature=1.0):
-        """States x (B, T, C), targets (B, T) -> log-probabilities and entropies (B, T);
-        see forward."""
+        """States x (B, T, C), targets (B, T) -> log-probabilities (B, T); see forward."""
 
         def chunk(x, target):
             logp = log_softmax(self.lm_head(x), temperature)  # (n, V)
-            # In this order: a recomputation stops at gather, before the entropy
-            return logp.gather(-1, target[:, None])[:, 0], entropy(logp.detach())
+            return logp.gather(-1, target[:, None])[:, 0]
 
         asked = (targets >= 0).nonzero(as_tuple=True)
         x, target = x[asked], targets[asked]  # (n, C), (n,)
         size = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
         parts = [checkpoint(chunk, x[i:i + size], target[i:i + size], use_reentrant=False)
                  if len(x) > size else chunk(x, target) for i in range(0, max(len(x), 1), size)]
-        return [torch.zeros(targets.shape, dtype=p[0].dtype, device=x.device)
-                .index_put(asked, torch.cat(p)) for p in zip(*parts)]
+        logp = torch.zeros(targets.shape, dtype=parts[0].dtype, device=x.device)
+        return logp.index_put(asked, torch.cat(parts))
 
     # -- Hugging Face folders
 
@@ -444,13 +442,6 @@ def log_softmax(logits, temperature=1.0):
     """In float32 at least; temperature 0 means greedy and leaves the distribution as it is."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.log_softmax(logits / temperature if temperature not in (0, 1) else logits, -1)
-
-
-def entropy(logp):
-    """Of each row of log-probabilities (n, V), in nats; piece by piece on a CPU, whose caches hold
-    a few rows only."""
-    rows = 2**19 // logp.shape[-1] + 1 if logp.device.type == "cpu" else len(logp) + 1
-    return -torch.cat([(piece.exp() * piece).sum(-1) for piece in logp.split(rows)])
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",

@@ -961,11 +961,10 @@ def train_rl(args, start):
                                    useful.repeat_interleave(G)) if u]
         n_tokens, n_useful = all_sum(
             [sum(len(e.tokens) for e in episodes), useful.sum().item()], device)
-        sums = {"entropy": 0.0, "logp_gap": 0.0, "tokens": 0.0}
+        sums = {"logp_gap": 0.0, "tokens": 0.0}
 
-        def loss_fn(logprobs, entropy, m):
+        def loss_fn(logprobs, m):
             old = m.get("old_logprobs", logprobs.detach())
-            sums["entropy"] += (entropy * m["mask"]).sum().item()
             sums["logp_gap"] += (
                 (logprobs.detach() - m["rollout_logprobs"]).abs() * m["mask"]).sum().item()
             sums["tokens"] += m["mask"].sum().item()
@@ -982,13 +981,14 @@ def train_rl(args, start):
 
         # log
         kinds = ("correct", "unparsed", "missing", "timeout")
-        n, groups, reward, truncated, solved, entropy, gap, tokens, *counts = all_sum(
+        n, groups, reward, truncated, solved, surprise, gap, tokens, *counts = all_sum(
             [len(episodes), len(rewards), rewards.sum().item(),
              sum(not e.finished for e in episodes), (rewards > 0).any(-1).sum().item(),
-             *sums.values(), *(sum(e.verdict == k for e in episodes) for k in kinds)], device)
+             -sum(sum(e.logprobs) for e in episodes), *sums.values(),
+             *(sum(e.verdict == k for e in episodes) for k in kinds)], device)
         record = {
             "reward": reward / n, f"pass@{G}": solved / groups, "length": n_tokens / n,
-            "truncated": truncated / n, "entropy": entropy / max(tokens, 1),
+            "truncated": truncated / n, "entropy": surprise / n_tokens,
             "logp_gap": gap / max(tokens, 1), "grad_norm": norm, "lr": lr,
             "groups": groups, "informative": n_useful, **dict(zip(kinds, counts)),
             "tok_per_s": n_tokens / rollout_seconds,
