@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convert_sft import (
+    COLORS,
     TINY,
     FlagParser,
     Trainer,
@@ -38,7 +39,6 @@ from model import Decoder, ModelConfig, RingCache, Transformer, cli, generate, w
 from rl import grpo_loss
 from swa_kernel import swa_attention, swa_attention_reference, swa_decode
 
-COLORS = {"SA": "#E69F00", "SWA": "#0072B2", "other": "#009E73"}  # Okabe-Ito
 SHAPES = {  # the published configurations; tiny is the miniature's
     "tiny": TINY,
     "smollm2-135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, max_position_embeddings=8192,

@@ -605,6 +605,8 @@ def start_wandb(project, folder, settings):
                       id=str(folder).replace("/", "-"))
 
 
+COLORS = {"SA": "#0072B2", "SWA": "#D55E00", "hybrid": "#009E73"}  # Okabe and Ito's, for all eyes
+
 CURVES = {  # column of log.jsonl: label; a run's picture shows those that it has
     "loss": "training loss (nats/token)", "held_out": "held-out loss (nats/token)",
     "reward": "mean reward", "length": "mean length (tokens)",
@@ -625,7 +627,7 @@ def draw_curves(path, records, title):
     axes = figure.subplots(lines, 2, squeeze=False)
     for axis, column in zip(axes.flat, columns, strict=False):
         points = [(r["step"], r[column]) for r in records if r.get(column) is not None]
-        axis.plot(*zip(*points, strict=True), color="#0072B2", linewidth=1.2,
+        axis.plot(*zip(*points, strict=True), color="black", linewidth=1.2,
                   marker="." if len(points) < 60 else "")
         axis.set(title=CURVES[column], xlabel="step")
         axis.title.set_fontsize(9)

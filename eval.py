@@ -32,6 +32,7 @@ import torch
 import convert_sft
 import rl
 from convert_sft import (
+    COLORS,
     INSTRUCTION,
     Trainer,
     as_problem,
@@ -787,7 +788,6 @@ def write_report(folder, name, title, rows, pictures, args):
     print(f"\n{table}\n{folder / name}.md, .json and {', '.join(f'{p}.png' for p in pictures)}")
 
 
-COLOURS = {"SWA": "#D55E00", "SA": "#0072B2", "hybrid": "#009E73"}  # Okabe and Ito, for all eyes
 OTHERS = ["#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#F0E442", "#000000"]
 
 
@@ -819,7 +819,7 @@ def draw_panel(axis, panel):
     kind, names = panel["kind"], any(isinstance(x, str) for x in panel["x"])
     at = np.arange(len(panel["x"])) if names or kind == "bar" else np.array(panel["x"], float)
     for i, (label, values) in enumerate(panel["series"].items()):
-        named = [colour for name, colour in COLOURS.items() if label.startswith(name)]
+        named = [color for name, color in COLORS.items() if label.startswith(name)]
         look = {"color": (named or OTHERS[i:])[0], "label": label, "capsize": 2}
         cells = [v if isinstance(v, dict) else {"mean": np.nan if v is None else v} for v in values]
         mean = np.array([c["mean"] for c in cells])

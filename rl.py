@@ -37,6 +37,7 @@ import torch
 
 import convert_sft
 from convert_sft import (
+    COLORS,
     RANK,
     WORLD,
     FlagParser,
@@ -1141,7 +1142,8 @@ def draw_recipe(path, cells, runs, args):
 
     figure = Figure(figsize=(8, 3.2), layout="tight")
     bars, curves = figure.subplots(1, 2)
-    for i, (arm, color) in enumerate({"SA": "#E69F00", "SWA": "#0072B2"}.items()):
+    for i, arm in enumerate(("SA", "SWA")):
+        color = COLORS[arm]
         label = "SA (full attention)" if arm == "SA" else f"SWA (window {args.window})"
         mean, low, high = zip(*(cells[arm, stage]["T=1"] for stage in ("sft", "rl")))
         x = np.arange(2) + 0.4 * i - 0.2
