@@ -591,10 +591,8 @@ def test_retrieval_is_at_the_stated_distance(kind, request):
         for queries in (0, 0.3):
             tokens, targets = reach_example(rng, tokenizer, 80, distance, queries)
             digits = [i for i, t in enumerate(tokens) if tokenizer.decode([t]).isdigit()]
-            assert (
-                digits == [len(tokens) - 1 - distance]
-                and len(tokens) == len(targets) == 80
-            )
+            assert digits == [79 - distance] and len(tokens) == len(targets) == 80
+            assert all(len(tokenizer.decode([t])) == 1 for t in tokens)  # never merged
             assert [t == tokenizer.encode("?")[0] for t in tokens] == [t >= 0 for t in targets]
             assert {t for t in targets if t >= 0} == {tokens[digits[0]]} == {targets[-1]}
             assert queries or targets.count(-1) == len(targets) - 1
