@@ -93,8 +93,8 @@ def matmul_rate(device, n=8192):
 
 
 def random_model(shape, window, device, dtype):
-    """Of the size of trained weights: with larger ones every distribution collapses, and a CPU
-    computes its denormal numbers ten times as slowly."""
+    """Random weights as large as trained ones: with larger ones every distribution collapses, and
+    a CPU computes its denormal numbers ten times as slowly."""
     config = ModelConfig(**{**vars(SHAPES[shape]), "window": window})
     torch.manual_seed(0)
     with device:

@@ -871,7 +871,7 @@ class PackedLinear(nn.Module):
 
 
 def packed(module):
-    """The module with its large matrices packed and everything else shared; as it is on a GPU.
+    """A twin of the module that shares everything but its large matrices on a CPU: packed.
 
     A step of decoding on a CPU is a few rows times large matrices; packed, they take 0.6 of the
     time. The price is a second copy of the weights for as long as a generation runs.
