@@ -1,11 +1,13 @@
 """Stage 1: a pretrained self-attention (SA) model becomes a sliding-window (SWA) one by supervised
-fine-tuning.
+fine-tuning (SFT).
 
 The window is set and the model is fine-tuned on solutions written for full attention: that is all
 of the conversion. Its held-out loss is logged beside the SA teacher's on the same text, so that one
-sees what the window costs before, during and after. The file also holds what both stages share: the
-data (JSONL, hub, the tiny task) and the training engine (packing, exact loss accounting, FSDP2,
-checkpoints, logs). For `--model tiny` it first pretrains the tiny SA base.
+sees what the window costs before, during and after.
+
+In the order of the file: the settings of a stage; the conversion; then what both stages share: the
+data, the training step over packed rows (Trainer), the folder of a run (Run: checkpoints, log), the
+memory plan; at the end the tiny task and the pretraining of its base.
 
 Left out on purpose: LoRA, sequence parallelism, a data-loading service (the data position is the
 step).
@@ -28,8 +30,9 @@ import sys
 import threading
 import time
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +49,15 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from model import (
     LOGITS_PER_CHUNK,
+    Cache,
     ModelConfig,
-    RingCache,
     Tokenizer,
     Transformer,
     UsageError,
+    check_readable,
     check_window,
     cli,
-    read_json,
+    read_config,
     read_weights,
     resolve,
     write_file,
@@ -68,20 +72,288 @@ except ImportError:  # Windows has no such locks
 # training step of a real model goes into mapping them
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
-DEFAULT_MODEL = "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B"
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # --------------------------------------------------------------------------------------------------
+# settings: a field is a flag, its default that of a real model; a tiny task brings its own
+
+
+def setting(default, text, least=None, free=False, **flag):
+    """A field of a stage's settings.
+
+    least: numbers must be at least this; None: above 0. free: a run may be continued with another
+    value; all other settings make up its identity. flag: more for argparse.
+    """
+    more = {"text": text, "least": least, "free": free, "flag": flag}
+    return field(default=default, metadata=more)
+
+
+def window_arg(text):
+    """`full` (None), or a whole number of keys >= 1."""
+    try:
+        window = None if text == "full" else int(text)
+        check_window(window)
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: give a whole number of keys >= 1, or full") from None
+    return window
+
+
+def layers_arg(text):
+    try:
+        return tuple(int(x) for x in text.split(",") if x)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give layer numbers such as 0,14,27") from None
+
+
+@dataclass
+class Settings:
+    """What both stages are told."""
+
+    model: str = setting("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+                         "tiny, a Hugging Face folder or a hub id", free=True)
+    window: int | None = setting(4096, "keys that a query sees, its own included; or full",
+                                 type=window_arg)
+    window_from: int | None = setting(
+        None, "start stage 1 with this window and shrink to --window over half of it")
+    full_layers: tuple = setting((), "layers that keep full attention, such as 0,14,27",
+                                 type=layers_arg)
+    nope_full: bool = setting(False, "those layers without RoPE: an experiment")
+    instruction: str = setting(INSTRUCTION, "appended to each problem")
+    seed: int = setting(0, "of everything random", least=0)
+    micro_tokens: int = setting(16384, "tokens of one forward and backward: lower it when memory "
+                                       "runs out", free=True)
+    save_every: int = setting(1, "steps between checkpoints: what kill -9 may lose; raise it where "
+                                 "a save takes long", free=True)
+    out: str = setting("out", "where <model>/<stage>-w<window>/ goes", free=True)
+    device: str = setting("auto", "where to run", free=True, choices=["auto", "cpu", "cuda"])
+    wandb: str | None = setting(None, "also log to this project of Weights & Biases", free=True)
+    plan: bool = setting(False, "print the memory that the run will take, and stop", free=True)
+
+    @classmethod
+    def of(cls, **given):
+        """Settings from the flags that were given; a tiny task's defaults, then the real ones."""
+        tiny = TASKS.get(given.get("model"))
+        settings = cls(**(tiny.defaults[cls.stage] if tiny else {}) | given)
+        settings.check()
+        return settings
+
+    def check(self):
+        for f in fields(self):
+            value, least = getattr(self, f.name), f.metadata["least"]
+            if type(value) in (int, float):
+                fine = value > 0 if least is None else value >= least
+                if not (fine and math.isfinite(value)):
+                    bound = "above 0" if least is None else f"of at least {least}"
+                    raise UsageError(f"--{f.name.replace('_', '-')} {value}: give a number {bound}")
+        if self.window_from and self.window is None:
+            raise UsageError("--window-from shrinks towards a --window, and full has no size: "
+                             "give a number of keys")
+
+    @property
+    def tiny(self):
+        """The tiny task whose model this is about, or None."""
+        return TASKS.get(self.model)
+
+    @cached_property
+    def task(self):
+        """Where the problems come from: see Problems."""
+        return TASKS.get(self.data) or Problems(self.data)
+
+    def identity(self):
+        """What a checkpoint must have been made with, to be continued."""
+        names = [f.name for f in fields(self) if not f.metadata["free"]]
+        return {"stage": self.stage} | {name: getattr(self, name) for name in names}
+
+    def folder(self, stage=None):
+        """<out>/<model>/<stage>-w<window>, with -full<layers> and -nope where set."""
+        path = Path(self.model)
+        name = path.resolve().name if path.exists() else path.name
+        variant = f"w{self.window or 'full'}"
+        if self.window and self.full_layers:
+            variant += "-full" + ".".join(map(str, self.full_layers)) + "-nope" * self.nope_full
+        return Path(self.out) / name / f"{stage or self.stage}-{variant}"
+
+    def start_device(self):
+        if self.tiny:
+            torch.set_num_threads(1)  # tiny matrices gain nothing from more
+        return pick_device(self.device)
+
+
+@dataclass
+class SFTSettings(Settings):
+    """Stage 1."""
+
+    stage = "sft"
+    data: str = setting("open-r1/OpenR1-Math-220k", "JSONL file or hub id[:config[:split]]")
+    steps: int = setting(1000, "optimizer steps", least=0)
+    batch: int = setting(64, "examples a step")
+    lr: float = setting(1e-5, "peak learning rate")
+    warmup: int = setting(30, "steps of linear warm-up", least=0)
+    max_length: int = setting(16384, "tokens of an example; longer ones are left out")
+    eval_every: int = setting(50, "steps between held-out losses")
+    eval_examples: int = setting(200, "examples for the held-out loss")
+
+
+# --------------------------------------------------------------------------------------------------
+# the conversion
+
+
+def convert(settings):
+    """Stage 1: base -> SWA by SFT (SA, with the window None); returns the run's folder, made now or
+    before."""
+    device = settings.start_device()
+    run = Run(settings)
+    if run.finished(settings.steps):
+        return run.folder
+    base = pretrain(settings) if settings.tiny else settings.model
+    model = Transformer.from_pretrained(base, None, (), device, torch.float32)
+    tokenizer = Tokenizer(model.tokenizer_files)
+    train, held_out = settings.task.sft(settings)
+    held_out = sft_rows(settings, tokenizer, held_out)
+    teacher = held_out_loss(model, held_out, settings)  # SA: before the window, before a resume
+
+    model.config = replace(model.config, window=settings.window, nope_full=settings.nope_full,
+                           full_layers=settings.full_layers)
+    trainer = Trainer(model, device, settings.micro_tokens)
+    run.start(trainer)
+    if held_out and run.step == 0:
+        student = held_out_loss(model, held_out, settings)
+        print(f"held-out loss before training: SA {teacher:.3f}, window {settings.window or 'full'}"
+              f" {student:.3f} nats a token", flush=True)
+    for step in run.steps(settings.steps):
+        began = time.time()
+        model.config.window = window_at(step, settings)
+        problems = shuffled_slice(train, step * settings.batch, settings.batch, [settings.seed, 6])
+        rows = sft_rows(settings, tokenizer, problems)
+        n_tokens = sum(target >= 0 for row in rows for target in row["targets"])
+        total = {"loss": 0.0}
+
+        def loss_fn(logprobs, micro):
+            loss = -logprobs.sum() / n_tokens
+            total["loss"] += loss.item()
+            return loss
+
+        lr = schedule(step, settings.steps, settings.lr, settings.warmup, "cosine")
+        norm = trainer.update(rows[RANK::WORLD], loss_fn, lr)
+
+        loss, seconds = all_sum(total, device)["loss"], time.time() - began
+        tok_per_s = sum(len(row["tokens"]) for row in rows) / seconds
+        record = {"loss": loss, "grad_norm": norm, "lr": lr, "window": model.config.window,
+                  "tok_per_s": tok_per_s, "seconds": seconds}
+        shown = ""
+        if held_out and ((step + 1) % settings.eval_every == 0 or step + 1 == settings.steps):
+            loss_now = held_out_loss(trainer.model, held_out, settings)
+            record |= {"held_out": loss_now, "gap_to_teacher": loss_now - teacher}
+            shown = f" | held-out {loss_now:.3f} (SA {teacher:.3f})"
+        run.log(record, f"sft w={settings.window or 'full'} step {step + 1}/{settings.steps} | "
+                        f"loss {loss:.3f}{shown} | norm {norm or math.nan:.2f} | lr {lr:.1e} | "
+                        f"{tok_per_s:,.0f} tok/s", every=0 if shown else 5)
+    return run.finish()
+
+
+def window_at(step, settings):
+    """The window of a step: --window, or shrinking to it geometrically over the first half."""
+    if not settings.window_from:
+        return settings.window
+    share = min(1.0, 2 * (step + 1) / settings.steps)
+    return round(settings.window_from * (settings.window / settings.window_from) ** share)
+
+
+def sft_rows(settings, tokenizer, problems):
+    """Problems -> rows: prompt by the chat template, loss on the response only; longer than
+    --max-length are left out. Made batch by batch: whole data sets would not fit as lists."""
+    end = min(tokenizer.stop_ids, default=None) if tokenizer.eos_id is None else tokenizer.eos_id
+    if end is None:
+        raise UsageError(f"{settings.model} names no eos token: "
+                         "add eos_token to its tokenizer_config.json")
+    rows = []
+    for problem in problems:
+        prompt = as_prompt(tokenizer, problem["problem"], settings.instruction)
+        response = tokenizer.encode(solution_text(problem)) + [end]
+        if len(prompt) + len(response) - 1 <= settings.max_length:
+            rows.append(make_row(prompt, response))
+    if problems and not rows:
+        raise UsageError(f"none of {len(problems)} examples has at most {settings.max_length} "
+                         "tokens: raise --max-length")
+    return rows
+
+
+@torch.no_grad()
+def held_out_loss(model, rows, settings):
+    """Mean -log p of the response tokens, nats a token; nan without rows."""
+    total, count = 0.0, 0
+    for micro in pack(rows, settings.micro_tokens, model.device):
+        with compute_type(model.device):
+            logprobs = model(micro["tokens"], micro["cu_seqlens"], micro["targets"])
+        total -= logprobs.sum().item()
+        count += (micro["targets"] >= 0).sum().item()
+    return total / count if count else math.nan
+
+
+# --------------------------------------------------------------------------------------------------
 # data: problems as {"problem", "answer", "solution"}
+
+
+class Problems:
+    """The task of a real model: the problems of a JSONL file or a hub data set.
+
+    A task says where problems come from and how an answer is graded; RunningSums, at the end of
+    this file, is another one. Whoever wants a third writes a class with these methods.
+    """
+
+    grade = None  # f(response, gold) -> verdict; None: the answer checker of rl.py
+    measures = {}  # {name: f(response) -> number} of what validation reports beside accuracy
+    sft_held_out, rl_held_out = 2, 5  # percent of the problems, by a hash
+
+    def __init__(self, source):
+        self.source = source
+
+    @cached_property
+    def all(self):
+        return load_problems(self.source)
+
+    def side(self, percent, test):
+        return [p for p in self.all if on_test_side(p["problem"], percent) == test]
+
+    def sft(self, settings):
+        """(training problems, held-out problems), all with solutions."""
+        train, held_out = ([p for p in self.side(self.sft_held_out, test) if p["solution"]]
+                           for test in (False, True))
+        if not train:
+            raise UsageError(f"--data {self.source} has no solutions to train on: give data with "
+                             '"solution", "generations" or "messages"')
+        return train, held_out[:settings.eval_examples]
+
+    @cached_property
+    def for_rl(self):
+        return self.side(self.rl_held_out, test=False)
+
+    def rl(self, settings, step, attempt):
+        """The problems of an RL step; attempt: how often the step has asked already."""
+        first = (step + attempt * settings.steps) * settings.prompts
+        return shuffled_slice(self.for_rl, first, settings.prompts, [settings.seed, 8])
+
+    def some(self, n, seed):
+        """n training problems for an analysis."""
+        return self.for_rl[:n]
+
+    def validation(self, n, seed):
+        """At most n held-out problems: the same before and after RL and for every run."""
+        problems = self.side(self.rl_held_out, test=True)[:n]
+        if not problems:
+            raise UsageError(f"--data {self.source} is too small to hold out problems for "
+                             "validation: give more problems")
+        return problems
 
 
 NOT_A_PROBLEM = ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration
 
 
 def load_problems(source):
-    """A JSONL file or a hub id (`id[:config[:split]]`)
-    -> list of {"problem", "answer", "solution"}.
+    """A JSONL file or a hub id (`id[:config[:split]]`) -> list of {"problem", "answer",
+    "solution"}.
 
     Understands the fields of MATH-like files (problem, answer, solution), openai/gsm8k (question,
     answer with `#### 42`), open-r1/OpenR1-Math-220k (messages, generations) and DAPO-Math-17k
@@ -89,11 +361,11 @@ def load_problems(source):
     """
     path = Path(source)
     if path.is_file():
-        rows = []
+        problems = []
         for number, line in enumerate(path.open(encoding="utf-8", errors="replace"), 1):
             if line.strip():
                 try:
-                    rows.append(as_problem(json.loads(line)))
+                    problems.append(as_problem(json.loads(line)))
                 except NOT_A_PROBLEM as error:
                     raise UsageError(f"{path} line {number}: not a problem in JSON ({error}); "
                                      'a line needs at least "problem" and "answer"') from None
@@ -110,29 +382,29 @@ def load_problems(source):
             raise UsageError(f"--data {source} could not be fetched from the hub: check the name "
                              f"and the connection ({type(error).__name__})") from None
         try:
-            rows = [as_problem(row) for row in rows]
+            problems = [as_problem(row) for row in rows]
         except NOT_A_PROBLEM as error:
             raise UsageError(f"--data {source}: its rows are not in a known layout "
                              f"({error})") from None
-    if not rows:
+    if not problems:
         raise UsageError(f"--data {source} is empty: it needs at least one problem")
-    return rows
+    return problems
 
 
 def as_problem(row):
-    """One row of any known layout -> {"problem", "answer", "solution"}."""
+    """A row of any known layout -> {"problem", "answer", "solution"}."""
     problem = row.get("problem") or row.get("question") or row.get("prompt")
     answer, solution = row.get("answer"), row.get("solution") or ""
     if isinstance(problem, list):  # a chat
-        problem = next(m["content"] for m in problem if m["role"] == "user")
+        problem = said_by("user", problem)
     if "reward_model" in row:
         answer = row["reward_model"]["ground_truth"]
     if row.get("generations"):  # several solutions, of which some were verified
-        good = row.get("correctness_math_verify") or [True]
-        solution = row["generations"][good.index(True) if True in good else 0]
+        right = row.get("correctness_math_verify") or [True]
+        solution = row["generations"][right.index(True) if True in right else 0]
     elif row.get("messages"):
-        problem = problem or next(m["content"] for m in row["messages"] if m["role"] == "user")
-        solution = next(m["content"] for m in row["messages"] if m["role"] == "assistant")
+        problem = problem or said_by("user", row["messages"])
+        solution = said_by("assistant", row["messages"])
     if "####" in str(answer):  # GSM8K's own layout
         solution, answer = solution or answer, str(answer).split("####")[-1].strip()
     if not isinstance(problem, str) or answer is None:
@@ -140,168 +412,49 @@ def as_problem(row):
     return {"problem": problem, "answer": str(answer), "solution": solution}
 
 
-def solution_text(row):
+def said_by(role, messages):
+    return next(message["content"] for message in messages if message["role"] == role)
+
+
+def solution_text(problem):
     """The solution as a response: calculator marks removed, the answer in a box at the end."""
-    text = re.sub(r"<<[^<>]*>>", "", row["solution"]).split("\n####")[0].rstrip()
-    return (text if "\\boxed" in text
-            else f"{text}\nThe final answer is $\\boxed{{{row['answer']}}}$.")
-
-
-def held_out(problem, percent=20):
-    """Whether a hash puts this problem on the validation side: the same side in every run."""
-    return hashlib.sha256(problem.encode("utf-8", "replace")).digest()[0] < 2.56 * percent
-
-
-def draw(items, first, count, seed):
-    """Items `first` to `first + count` of an endless stream of shuffled epochs:
-    no state but the position."""
-    epochs = range(first // len(items), (first + count - 1) // len(items) + 1)
-    order = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(len(items))
-                            for epoch in epochs])
-    return [items[i] for i in order[first % len(items):][:count]]
+    text = re.sub(r"<<[^<>]*>>", "", problem["solution"]).split("\n####")[0].rstrip()
+    if "\\boxed" in text:
+        return text
+    return f"{text}\nThe final answer is $\\boxed{{{problem['answer']}}}$."
 
 
 def as_prompt(tokenizer, problem, instruction):
     return tokenizer.chat([{"role": "user", "content": problem + instruction}])
 
 
-# --------------------------------------------------------------------------------------------------
-# the tiny task: running sums with named operands, where restating brings far operands near
+def on_test_side(problem, percent=20):
+    """Whether a hash puts this problem among those never trained on: the same in every run."""
+    return hashlib.sha256(problem.encode("utf-8", "replace")).digest()[0] < 2.56 * percent
 
 
-def tiny_problem(rng):
-    """`a3b0c4d1?`: n uniform in 4..8 operands of 0..4. Reading the k-th reaches back
-    2n + 5k tokens."""
-    return "".join(f"{'abcdefgh'[i]}{rng.integers(5)}" for i in range(rng.integers(4, 9))) + "?"
-
-
-def tiny_solution(problem, rng, restate):
-    """`a3+0=3;b0+3=3;...\\boxed{7}`: after a step, the operands that remain are restated,
-    `[c4d1]`, with probability `restate` if there are two or more:
-    nothing in the prompt asks for it."""
-    operands = [problem[i:i + 2] for i in range(0, len(problem) - 1, 2)]
-    text, total = "", 0
-    for i, (letter, value) in enumerate(operands):
-        text, total = f"{text}{letter}{value}+{total}=", (total + int(value)) % 10
-        text += f"{total};"
-        if len(operands) - i > 2 and rng.random() < restate:
-            text += f"[{''.join(operands[i + 1:])}]"
-    return text + f"\\boxed{{{total}}}"
-
-
-def tiny_problems(n, seed, test=False, restate=None):
-    """n problems of one side of the hash split; test problems are distinct.
-    restate(rng) -> probability."""
-    rng, rows, seen = np.random.default_rng(seed), [], set()
-    while len(rows) < n:
-        problem = tiny_problem(rng)
-        if held_out(problem) == test and not (test and problem in seen):
-            seen.add(problem)
-            total = sum(int(v) for v in problem[1::2]) % 10
-            solution = tiny_solution(problem, rng, restate(rng)) if restate else ""
-            rows.append({"problem": problem, "answer": str(total), "solution": solution})
-    return rows
-
-
-TINY = ModelConfig(vocab_size=33, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
-                   num_attention_heads=2, num_key_value_heads=1, head_dim=32,
-                   max_position_embeddings=512)
-
-
-def tiny_tokenizer_files():
-    """File name -> JSON text of the tiny task's tokenizer, 33 tokens, in Hugging Face's format.
-
-    A character is a token; nothing merges. Characters without a token are dropped.
-    """
-    tokens = ["<pad>", "<bos>", "<eos>", *"0123456789abcdefghijkl+=;[]?", r"\boxed{", "}"]
-    special = ["<pad>", "<bos>", "<eos>"]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": tokens.index(token), "content": token, "special": token in special, **flags}
-            for token in [*special, r"\boxed{"]
-        ],
-        "normalizer": None,
-        "pre_tokenizer": byte_level | {"use_regex": True},
-        "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
-        # Also the added tokens: Hugging Face gives those missing here ids of its own choice
-        "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []},
-    }
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "pad_token": "<pad>",
-        "bos_token": "<bos>",
-        "eos_token": "<eos>",
-        "chat_template": "{{ bos_token }}{{ messages[-1]['content'] }}",
-    }
-    return {"tokenizer.json": json.dumps(tokenizer), "tokenizer_config.json": json.dumps(config)}
-
-
-def tiny_base(seed):
-    """The untrained tiny model: the same Transformer as every other, with its own
-    initialisation."""
-    torch.manual_seed(seed)
-    model = Transformer(replace(TINY))
-    for name, p in model.named_parameters():
-        if p.dim() > 1:
-            std = {"model.embed_tokens.weight": 0.7, "lm_head.weight": 0.02}.get(
-                name, p.shape[1] ** -0.5)
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                std /= math.sqrt(2 * TINY.num_hidden_layers)
-            torch.nn.init.normal_(p, std=std)
-    model.tokenizer_files = {name: text.encode() for name, text in tiny_tokenizer_files().items()}
-    return model
-
-
-@torch.no_grad()
-def reads_restatements(model, tokenizer, seed, n=200, window=24):
-    """The share of digits that the base reads right, in the longest problems: each operand out of a
-    restatement, and the result into the box.
-
-    The gate of pretraining: what RL will amplify must be there. The prompt's own operands are
-    hidden by the window, so that only the restatement can be read.
-    """
-    rng = np.random.default_rng(seed)
-    model.config.window, right, total = window, 0, 0
-    try:
-        for _ in range(n // 50):
-            rows, where = [], []
-            while len(rows) < 50:
-                problem = tiny_problem(rng)
-                if len(problem) >= 15:  # 7 or 8 operands
-                    text = problem + tiny_solution(problem, rng, restate=1)
-                    # A token a character up to the box
-                    asks = re.finditer(r"(?<=\])[a-h]|\\boxed", text)
-                    where += [(len(rows), m.start() + 1) for m in asks]
-                    rows.append(tokenizer.encode("<bos>" + text))
-            tokens = torch.zeros(50, max(map(len, rows)), dtype=torch.long, device=model.device)
-            for i, row in enumerate(rows):
-                tokens[i, :len(row)] = torch.tensor(row)
-            guess = model(tokens).argmax(-1)
-            row, at = torch.tensor(where, device=model.device).T
-            right += (guess[row, at] == tokens[row, at + 1]).sum().item()
-            total += len(where)
-    finally:
-        model.config.window = None
-    return right / total
+def shuffled_slice(items, first, count, seed):
+    """Items `first` to `first + count` of an endless stream of shuffled epochs: there is no state
+    but the position, so a resumed run sees what an undisturbed one would."""
+    epochs = range(first // len(items), (first + count - 1) // len(items) + 1)
+    order = np.concatenate([np.random.default_rng([*seed, epoch]).permutation(len(items))
+                            for epoch in epochs])
+    return [items[i] for i in order[first % len(items):][:count]]
 
 
 # --------------------------------------------------------------------------------------------------
-# the training engine, for both stages
+# the training step: rows, packed without padding, on one GPU, several, or a CPU
 
 
 def make_row(prompt, response, **columns):
-    """A training row: inputs, next-token targets (-1 under the prompt), columns aligned to the
-    targets."""
+    """A row: inputs, next-token targets (-1 under the prompt), columns aligned to the targets.
+
+        prompt 5 6 7, response 8 9  ->  tokens  5  6  7  8
+                                        targets -1 -1 8  9
+    """
     ids, pad = list(prompt) + list(response), len(prompt) - 1
-    return {"tokens": ids[:-1], "targets": [-1] * pad + ids[len(prompt):],
-            **{name: [0.0] * pad + list(values) for name, values in columns.items()}}
+    row = {"tokens": ids[:-1], "targets": [-1] * pad + ids[len(prompt):]}
+    return row | {name: [0.0] * pad + list(values) for name, values in columns.items()}
 
 
 def pack(rows, micro_tokens, device="cpu"):
@@ -310,29 +463,127 @@ def pack(rows, micro_tokens, device="cpu"):
     Each is a dict of (1, T) tensors (tokens, targets, other columns in float32) and cu_seqlens
     (N+1,).
     """
-    bins = []
-    for row in sorted(rows, key=lambda r: -len(r["tokens"])):
-        if not bins or bins[-1][0] + len(row["tokens"]) > micro_tokens:
-            bins.append([0, []])
-        bins[-1][0] += len(row["tokens"])
-        bins[-1][1].append(row)
-    micro = []
-    for _, packed in bins:
-        lengths = [0] + [len(row["tokens"]) for row in packed]
-        micro.append({name: torch.tensor([x for row in packed for x in row[name]], device=device,
-                                         dtype=torch.long if name in ("tokens", "targets")
-                                         else torch.float32)[None] for name in packed[0]})
-        micro[-1]["cu_seqlens"] = torch.tensor(np.cumsum(lengths), dtype=torch.int32, device=device)
+    groups, room = [], 0
+    for row in sorted(rows, key=lambda row: -len(row["tokens"])):
+        length = len(row["tokens"])
+        if not groups or length > room:
+            groups.append([])
+            room = micro_tokens
+        groups[-1].append(row)
+        room -= length
+    return [join(group, device) for group in groups]
+
+
+def join(rows, device):
+    """Rows one after another -> a micro-batch."""
+    micro = {}
+    for name in rows[0]:
+        values = [value for row in rows for value in row[name]]
+        dtype = torch.long if name in ("tokens", "targets") else torch.float32
+        micro[name] = torch.tensor(values, dtype=dtype, device=device)[None]  # (1, T)
+    ends = np.cumsum([0] + [len(row["tokens"]) for row in rows])
+    micro["cu_seqlens"] = torch.tensor(ends, dtype=torch.int32, device=device)
     return micro
 
 
-def all_sum(values, device):
-    """Sums a list of numbers over the ranks, in float64."""
-    total = torch.tensor(values, dtype=torch.float64)
-    if WORLD > 1:
-        total = total.to(device, torch.float64)
-        dist.all_reduce(total)
-    return total.tolist()
+def schedule(step, steps, lr, warmup, kind="constant", decay_from=0.0, floor=0.1):
+    """Learning rate of a step (0-based): linear warm-up, then constant, cosine, or linear from
+    `decay_from` of the run on; both decays end at `floor` of the rate."""
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    x = min(1.0, max(0.0, (step / steps - decay_from) / (1 - decay_from)))
+    shape = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * x), "linear": 1 - x}[kind]
+    return lr * (floor + (1 - floor) * shape)
+
+
+class Trainer:
+    """A model in training: float32 master weights, AdamW, and, with several ranks, FSDP2's shards.
+
+    A GPU computes in bfloat16 and recomputes each block in the backward.
+    """
+
+    def __init__(self, model, device, micro_tokens=16384, weight_decay=0.0, grad_clip=1.0):
+        self.device, self.micro_tokens, self.grad_clip = device, micro_tokens, grad_clip
+        self.skipped = 0  # steps in a row whose gradient was not finite
+        self.model = model.to(device, torch.float32)
+        self.model.checkpointing = device.type == "cuda"
+        if WORLD > 1:
+            policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16 if device.type == "cuda" else None,
+                reduce_dtype=torch.float32)
+            for block in self.model.model.layers:
+                fully_shard(block, mp_policy=policy)
+            fully_shard(self.model, mp_policy=policy)
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": weight_decay},
+                  {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95),
+                                           fused=True)
+
+    def update(self, rows, loss_fn, lr, temperature=1.0):
+        """One optimizer step on this rank's rows -> the gradient's norm, or None if not finite.
+
+        loss_fn(logprobs, micro) is a sum already divided by the count of the *whole* batch over
+        micro-batches and ranks, so the gradient does not depend on how rows are packed or spread.
+        """
+        self.optimizer.zero_grad()
+        micros = pack(rows, self.micro_tokens, self.device)
+        for micro, logprobs in self.forwards(micros, temperature):
+            loss = logprobs.sum() * 0.0 if "idle" in micro else loss_fn(logprobs, micro)
+            (loss * WORLD).backward()  # FSDP averages over the ranks; the loss is a sum
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+        if not math.isfinite(norm):
+            self.skip()
+            return None
+        self.skipped = 0
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # their memory is the next rollouts'
+        return norm
+
+    def skip(self):
+        self.skipped += 1
+        print("loss or gradient is not finite, step skipped", flush=True)
+        if self.skipped == 5:
+            raise UsageError("five steps in a row had a gradient that is not finite: "
+                             "lower --lr, or look at the data of these steps")
+
+    def forwards(self, micros, temperature, model=None):
+        """(micro-batch, log-probabilities), one after another; under FSDP every rank must join in
+        every forward and backward, so a rank with fewer micro-batches idles along on a dummy."""
+        model = model or self.model
+        idle = join([make_row([0], [0])], self.device)
+        idle |= {"targets": idle["targets"] - 1, "idle": True}
+        most = int(all_max(len(micros), self.device))
+        for micro in micros + [idle] * (most - len(micros)):
+            with compute_type(self.device):
+                logprobs = model(micro["tokens"], micro["cu_seqlens"], micro["targets"],
+                                 temperature)
+            yield micro, logprobs
+
+    @torch.no_grad()
+    def add_logprobs(self, rows, name, temperature=1.0, model=None):
+        """Adds a model's (this one's) log-probabilities of the targets to the rows, as a column."""
+        singles = [join([row], self.device) for row in rows]
+        for i, (_, logprobs) in enumerate(self.forwards(singles, temperature, model)):
+            if i < len(rows):  # the others are idle
+                rows[i][name] = logprobs[0].tolist()
+
+    def state(self):
+        """Full, unsharded (weights, optimizer state); a collective under FSDP."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=WORLD > 1)
+        return (get_model_state_dict(self.model, options=options),
+                get_optimizer_state_dict(self.model, self.optimizer, options=options))
+
+    def load_state(self, weights, optimizer):
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)
+        if self.model.config.tie_word_embeddings:
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        set_model_state_dict(self.model, weights, options=options)
+        set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
 
 def pick_device(name):
@@ -341,9 +592,9 @@ def pick_device(name):
         raise UsageError("--device cuda: no CUDA GPU is visible here; "
                          "leave the flag out to run on the CPU")
     cuda = name != "cpu" and torch.cuda.is_available()
-    device = (torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda
-              else torch.device("cpu"))
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if WORLD > 1 and not dist.is_initialized():
@@ -358,68 +609,99 @@ def compute_type(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
-def describe_machine(device):
-    """What a log must say of where it was made."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent).stdout.strip()
-    return {"git": git or None, "python": platform.python_version(), "torch": torch.__version__,
-            "device": (torch.cuda.get_device_name() if device.type == "cuda"
-                       else platform.processor() or "cpu"),
-            "threads": torch.get_num_threads(), "ranks": WORLD, "argv": sys.argv}
+def all_sum(values, device):
+    """{name: number} summed over the ranks, in float64."""
+    if WORLD == 1:
+        return {name: float(value) for name, value in values.items()}
+    total = torch.tensor([float(value) for value in values.values()], dtype=torch.float64,
+                         device=device)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist(), strict=True))
 
 
-def schedule(step, steps, lr, warmup, kind="constant", decay_from=0.0, floor=0.1):
-    """Learning rate of a step (0-based): linear warm-up, then constant, cosine, or linear from
-    `decay_from` of the run on; both decays end at `floor` of the rate."""
-    if step < warmup:
-        return lr * (step + 1) / (warmup + 1)
-    x = min(1.0, max(0.0, (step / steps - decay_from) / (1 - decay_from)))
-    shape = {"constant": 1.0, "cosine": 0.5 + 0.5 * math.cos(math.pi * x), "linear": 1 - x}[kind]
-    return lr * (floor + (1 - floor) * shape)
+def all_max(value, device):
+    if WORLD == 1:
+        return value
+    value = torch.tensor(float(value), device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value.item()
 
 
-class Trainer:
-    """A run: fp32 master weights, AdamW, checkpoints, log.jsonl, resume.
+# --------------------------------------------------------------------------------------------------
+# a run's folder
+
+
+DEFAULT_HANDLERS = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+
+
+class Run:
+    """A run on the disk: step-N/ (a Hugging Face folder plus trainer.pt), log.jsonl, curves.png.
+
+        run = Run(settings)
+        if run.finished(n): ...
+        run.start(trainer)              # locks the folder, continues from the newest checkpoint
+        for step in run.steps(n):       # counts, saves, stops when asked to
+            ...
+            run.log(record)
+        folder = run.finish()           # the model now lies in the folder itself
 
     Every random choice of a run derives from (seed, step), so the step is the whole data position
-    and a resumed run repeats an undisturbed one. folder/step-N is a Hugging Face folder plus
-    trainer.pt, written under a temporary name; the last two are kept. At the end the model lies in
-    the folder itself.
+    and a resumed run repeats an undisturbed one bit by bit. Checkpoints are written under a
+    temporary name; the last two are kept.
     """
 
-    def __init__(self, model, folder, settings, device, weight_decay=0.0, grad_clip=1.0,
-                 micro_tokens=16384, wandb=None):
-        self.folder, self.settings, self.device = Path(folder), settings, device
-        self.grad_clip, self.micro_tokens, self.step, self.seconds = grad_clip, micro_tokens, 0, 0.0
-        self.skipped, self.stopping, self.began, self.records = 0, False, time.time(), []
-        self.model = model.to(device, torch.float32)
-        self.model.checkpointing = device.type == "cuda"
-        self.amp = compute_type(device)
-        if WORLD > 1:
-            policy = MixedPrecisionPolicy(
-                param_dtype=torch.bfloat16 if device.type == "cuda" else None,
-                reduce_dtype=torch.float32)
-            for block in self.model.model.layers:
-                fully_shard(block, mp_policy=policy)
-            fully_shard(self.model, mp_policy=policy)
-        groups = [{"params": [p for p in model.parameters() if p.dim() > 1],
-                   "weight_decay": weight_decay},
-                  {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95),
-                                           fused=True)
-        self.wandb, self.drawn, self.spoke = wandb, 0.0, time.time()
-        self.resume()
+    def __init__(self, settings, folder=None, identity=None):
+        self.folder = Path(folder or settings.folder())
+        self.identity = identity or settings.identity()
+        self.save_every, self.wandb = settings.save_every, settings.wandb
+        self.step, self.seconds, self.began = 0, 0.0, time.time()
+        self.stopping, self.records, self.drawn, self.printed = False, [], 0.0, time.time()
 
-    def begin(self):
-        """From here on the run's folder is written to, by this process alone."""
-        if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(name, self.interrupt)
-        if RANK != 0:
-            return
+    def finished(self, steps, hours=0):
+        """Whether the run is complete on the disk; nothing is written."""
+        newest = self.newest()
+        if newest is None or not (self.folder / "config.json").exists():
+            return False
+        state = newest[1]
+        return state["step"] >= steps or bool(hours and state["seconds"] >= hours * 3600)
+
+    def newest(self):
+        """(folder, state) of the newest checkpoint that is whole, or None; refuses one that was
+        made with other settings."""
+        for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
+            try:
+                state = load_state(checkpoint, mmap=True)  # nothing large is read yet
+                check_readable(checkpoint)
+                differ = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
+            except Exception as error:  # truncated, unreadable, not ours: the one before may do
+                print(f"{checkpoint} is damaged ({type(error).__name__}): trying the one before",
+                      file=sys.stderr)
+                continue
+            if differ:
+                raise UsageError(f"{self.folder} holds a run with other settings "
+                                 f"({', '.join(differ)}): give the same flags to continue it, "
+                                 "or another --out")
+            return checkpoint, state
+        return None
+
+    def start(self, trainer):
+        """From here on the folder is written to, by this process alone."""
+        self.trainer = trainer
+        self.handle_signals(dict.fromkeys(DEFAULT_HANDLERS, self.interrupt))
+        if RANK == 0:
+            self.take_lock()
+        if newest := self.newest():
+            checkpoint, state = newest
+            trainer.load_state(read_weights(checkpoint), load_state(checkpoint)["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+        self.began = time.time()
+        if RANK == 0:
+            self.continue_log()
+
+    def take_lock(self):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.folder / "lock", "w")
+            self.lock = open(self.folder / "lock", "a")
         except OSError as error:
             raise UsageError(f"{self.folder} cannot be written ({error.strerror}): "
                              "choose another --out") from None
@@ -429,97 +711,75 @@ class Trainer:
         except OSError:
             raise UsageError(f"{self.folder} is in use by another run: wait for it, stop it, "
                              "or choose another --out") from None
-        log, path = [], self.folder / "log.jsonl"
-        if self.step:  # what was logged after the checkpoint will be done again
+
+    def continue_log(self):
+        """Keeps the records up to the checkpoint: what came after it will be done again."""
+        path, kept = self.folder / "log.jsonl", []
+        if self.step:
             print(f"{self.folder}: continuing after step {self.step}", flush=True)
-            log = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-            log = [record for record in log if record.get("step", 0) <= self.step]
-        text = "".join(json.dumps(record) + "\n" for record in log)
-        write_file(path, lambda f: f.write_text(text))
-        self.records, self.began = log, time.time()
-        self.wandb = start_wandb(self.wandb, self.folder, self.settings) if self.wandb else None
-        self.append({"settings": self.settings, **describe_machine(self.device)})
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [r for r in map(json.loads, lines) if r.get("step", 0) <= self.step]
+        write_file(path, lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+        self.records = kept
+        self.wandb = start_wandb(self.wandb, self.folder, self.identity) if self.wandb else None
+        self.append({"settings": self.identity, **describe_machine(self.trainer.device)})
 
-    def end(self):
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def steps(self, total, hours=0):
+        """Yields the steps (0-based) that are left. After each: counts it, saves where due, stops
+        where Ctrl-C, SIGTERM or the clock ask for it; all ranks leave in the same step."""
+        while self.step < total and not self.agreed(hours and self.elapsed() > hours * 3600):
+            (self.folder / "config.json").unlink(missing_ok=True)  # a longer run is not finished
+            yield self.step
+            self.step += 1
+            stop = self.agreed(self.stopping)
+            if stop or self.step >= total or self.step % self.save_every == 0:
+                self.save()
+            if stop and self.step < total:
+                raise KeyboardInterrupt
+
+    def finish(self):
+        """The model into the folder itself, and the run's last picture -> the folder."""
+        if self.step == 0:  # --steps 0: the window is set, nothing is trained
+            self.save()
+        weights, _ = self.trainer.state()
         if RANK == 0:
+            self.on_disk(lambda: self.trainer.model.save_pretrained(self.folder, weights))
+            self.on_disk(self.draw)
             self.lock.close()
+        if WORLD > 1:
+            dist.barrier()
+        self.handle_signals(DEFAULT_HANDLERS)
+        return self.folder
 
-    def interrupt(self, *_):
-        """Ctrl-C or SIGTERM: finish the step, save, stop; the second one stops at once."""
+    def interrupt(self, number, frame):
+        """Ctrl-C or SIGTERM: finish the step, save, stop; a second one of its kind stops at once
+        (the recipe's other process may get one of each)."""
         self.stopping = True
         print("\nstopping after this step", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(number, DEFAULT_HANDLERS[number])
+
+    def handle_signals(self, handlers):
+        if threading.current_thread() is threading.main_thread():  # Python allows it there only
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def agreed(self, condition):
-        """Whether it holds on any rank: all must leave a loop in the same step."""
-        return all_max(float(condition), self.device) > 0
+        """Whether it holds on any rank."""
+        return all_max(float(bool(condition)), self.trainer.device) > 0
 
     def elapsed(self):
         """Seconds of the run, over interruptions."""
         return self.seconds + time.time() - self.began
 
-    def done(self, steps):
-        """Whether the run is complete on the disk."""
-        return self.step >= steps and (self.folder / "config.json").exists()
-
-    def forwards(self, micro, temperature):
-        """(micro-batch, log-probabilities), one after another; under FSDP every rank must join in
-        every forward and backward, so a rank with fewer micro-batches idles along on a dummy."""
-        idle = pack([make_row([0], [0])], 1, self.device)[0]
-        idle |= {"targets": idle["targets"] - 1, "idle": True}
-        for m in micro + [idle] * (int(all_max(len(micro), self.device)) - len(micro)):
-            with self.amp:
-                yield m, self.model(m["tokens"], m["cu_seqlens"], m["targets"], temperature)
-
-    def update(self, rows, loss_fn, lr, temperature=1.0):
-        """One optimizer step on this rank's rows; returns the grad norm, or None if it was not
-        finite.
-
-        loss_fn(logprobs, micro) is a sum already divided by the count of the *whole* batch over
-        micro-batches and ranks, so the gradient does not depend on how rows are packed or spread.
-        """
-        self.optimizer.zero_grad()
-        micro = pack(rows, self.micro_tokens, self.device)
-        for m, logprobs in self.forwards(micro, temperature):
-            loss = logprobs.sum() * 0.0 if "idle" in m else loss_fn(logprobs, m)
-            (loss * WORLD).backward()  # FSDP averages over the ranks; the loss is a sum
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-        if not math.isfinite(norm):
-            self.skipped += 1
-            print(f"step {self.step}: loss or gradient is not finite, step skipped", flush=True)
-            if self.skipped == 5:
-                raise UsageError("five steps in a row had a gradient that is not finite: "
-                                 f"lower --lr, or look at the data of step {self.step}")
-            return None
-        self.skipped = 0
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.optimizer.zero_grad()  # their memory is the next rollouts'
-        return norm
-
-    @torch.no_grad()
-    def add_logprobs(self, rows, name, temperature=1.0):
-        """Adds this model's log-probabilities of the targets to the rows, as a column."""
-        batches = [pack([row], 1, self.device)[0] for row in rows]
-        for row, (_, logprobs) in zip(rows, list(self.forwards(batches, temperature)),
-                                         strict=False):  # idle ones too
-            row[name] = logprobs[0].tolist()
-
     def log(self, record, line="", every=0):
-        """Counts the step, appends the record, prints the line at most each `every` s."""
-        self.step += 1
-        record = {"step": self.step, **record, "elapsed": self.elapsed()}
-        if RANK == 0:
-            if line and time.time() - self.spoke >= every:
-                print(f"{line} | {record['elapsed']:.0f} s", flush=True)
-                self.spoke = time.time()
-            self.append(record)
+        """Appends the record of the step that runs; prints the line at most each `every` s."""
+        record = {"step": self.step + 1, **record, "elapsed": self.elapsed()}
+        if RANK != 0:
+            return
+        if line and time.time() - self.printed >= every:
+            print(f"{line} | {record['elapsed']:.0f} s", flush=True)
+            self.printed = time.time()
+        self.append(record)
 
     def append(self, record):
         self.records.append(record)
@@ -528,71 +788,43 @@ class Trainer:
         if self.wandb and "step" in record:
             self.wandb.log(record, step=record["step"])
 
-    # -- checkpoints
-
-    def states(self):
-        """Full, unsharded (weights, optimizer state); a collective under FSDP."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=WORLD > 1)
-        return (get_model_state_dict(self.model, options=options),
-                get_optimizer_state_dict(self.model, self.optimizer, options=options))
-
-    def save(self, final=False):
-        """Writes step-N and, now and then, the picture; `final` puts the model into the run's
-        folder before."""
-        weights, optimizer = self.states()
-        self.seconds, self.began = self.elapsed(), time.time()
+    def save(self):
+        """Writes step-N and, now and then, the picture."""
+        weights, optimizer = self.trainer.state()
         if RANK == 0:
-            target, temporary = self.folder / f"step-{self.step:06d}", self.folder / "step.tmp"
-            try:
-                if final:
-                    # First: were it cut off between the two, the last step would just be done again
-                    self.model.save_pretrained(self.folder, weights)
-                shutil.rmtree(temporary, ignore_errors=True)
-                self.model.save_pretrained(temporary, weights)
-                state = {"optimizer": optimizer, "step": self.step, "seconds": self.seconds,
-                         "window": self.model.config.window, "settings": self.settings}
-                write_file(temporary / "trainer.pt", lambda f: torch.save(state, f))
-                shutil.rmtree(target, ignore_errors=True)
-                os.replace(temporary, target)
-                for old in sorted(self.folder.glob("step-*"))[:-2]:
-                    shutil.rmtree(old)
-                if final or time.time() - self.drawn > 60:
-                    draw_curves(self.folder / "curves.png", self.records, str(self.folder))
-                    self.drawn = time.time()
-            except OSError as error:
-                raise UsageError(f"{target} could not be written ({error.strerror}): "
-                                 "free some space or choose another --out; "
-                                 "the checkpoint before it is whole") from None
+            self.on_disk(lambda: self.write_checkpoint(weights, optimizer))
+            if time.time() - self.drawn > 60:
+                self.on_disk(self.draw)
         if WORLD > 1:
             dist.barrier()
-        if final:
-            self.end()
 
-    def resume(self):
-        """Continues from the newest checkpoint that is whole; refuses one made with other
-        settings."""
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)
-        for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
-            try:
-                state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
-                weights = read_weights(checkpoint)
-            except Exception as error:  # truncated, unreadable, not ours: the one before may do
-                print(f"{checkpoint} is damaged ({type(error).__name__}): trying the one before",
-                      file=sys.stderr)
-                continue
-            differ = [k for k, v in self.settings.items() if state["settings"].get(k) != v]
-            if differ:
-                raise UsageError(f"{self.folder} holds a run with other settings "
-                                 f"({', '.join(differ)}): give the same flags to continue it, "
-                                 "or another --out")
-            if self.model.config.tie_word_embeddings:
-                weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-            set_model_state_dict(self.model, weights, options=options)
-            set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"],
-                                     options=options)
-            self.step, self.seconds = state["step"], state["seconds"]
-            self.model.config.window = state["window"]
-            break
+    def write_checkpoint(self, weights, optimizer):
+        target, temporary = self.folder / f"step-{self.step:06d}", self.folder / "step.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.trainer.model.save_pretrained(temporary, weights)
+        state = {"step": self.step, "seconds": self.elapsed(), "identity": self.identity,
+                 "optimizer": optimizer}
+        write_file(temporary / "trainer.pt", lambda f: torch.save(state, f))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+        for old in sorted(self.folder.glob("step-*"))[:-2]:
+            shutil.rmtree(old)
+
+    def draw(self):
+        draw_curves(self.folder / "curves.png", self.records, str(self.folder))
+        self.drawn = time.time()
+
+    def on_disk(self, write):
+        try:
+            write()
+        except OSError as error:
+            raise UsageError(f"{self.folder} could not be written ({error.strerror}): free some "
+                             "space or choose another --out; the checkpoint before it is whole"
+                             ) from None
+
+
+def load_state(checkpoint, mmap=False):
+    return torch.load(checkpoint / "trainer.pt", map_location="cpu", mmap=mmap, weights_only=True)
 
 
 def start_wandb(project, folder, settings):
@@ -605,6 +837,25 @@ def start_wandb(project, folder, settings):
                       id=str(folder).replace("/", "-"))
 
 
+def read_log(folder):
+    """The records of the steps in a run's log."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if "step" in record]
+
+
+def describe_machine(device):
+    """What a log must say of where it was made."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent).stdout.strip()
+    return {"git": git or None, "python": platform.python_version(), "torch": torch.__version__,
+            "device": (torch.cuda.get_device_name() if device.type == "cuda"
+                       else platform.processor() or "cpu"),
+            "threads": torch.get_num_threads(), "ranks": WORLD, "argv": sys.argv}
+
+
+# --------------------------------------------------------------------------------------------------
+# tables and pictures
+
 COLORS = {"SA": "#0072B2", "SWA": "#D55E00", "hybrid": "#009E73"}  # Okabe and Ito's, for all eyes
 
 CURVES = {  # column of log.jsonl: label; a run's picture shows those that it has
@@ -615,15 +866,24 @@ CURVES = {  # column of log.jsonl: label; a run's picture shows those that it ha
 }
 
 
-def draw_curves(path, records, title):
-    """The run's log as small multiples."""
+def new_figure(*size, **more):
+    """A matplotlib Figure of its own: no pyplot, no backend, nothing to close."""
     from matplotlib.figure import Figure  # takes a second
 
+    return Figure(figsize=size, **{"layout": "tight"} | more)
+
+
+def save_figure(figure, path, dpi=110):
+    write_file(path, lambda f: figure.savefig(f, dpi=dpi, format="png"))
+
+
+def draw_curves(path, records, title):
+    """The run's log as small multiples."""
     columns = [c for c in CURVES if any(c in r for r in records)]
     if not columns:
         return
     lines = -(-len(columns) // 2)
-    figure = Figure(figsize=(8, 2.2 * lines), layout="tight")
+    figure = new_figure(8, 2.2 * lines)
     axes = figure.subplots(lines, 2, squeeze=False)
     for axis, column in zip(axes.flat, columns, strict=False):
         points = [(r["step"], r[column]) for r in records if r.get(column) is not None]
@@ -635,214 +895,19 @@ def draw_curves(path, records, title):
     for axis in axes.flat[len(columns):]:
         axis.set_visible(False)
     figure.suptitle(title, fontsize=9)
-    write_file(path, lambda f: figure.savefig(f, dpi=110, format="png"))
+    save_figure(figure, path)
 
 
-def all_max(value, device):
-    if WORLD == 1:
-        return value
-    value = torch.tensor(float(value), device=device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return value.item()
+def markdown(rows, cell=str):
+    """Rows (dicts) -> the lines of a Markdown table; cell(value) is a value as text."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    table = [keys, ["---"] * len(keys)]
+    table += [[cell(row[key]) if key in row else "" for key in keys] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in table]
 
 
 # --------------------------------------------------------------------------------------------------
-# the stages
-
-
-def pretrain_tiny(args):
-    """The tiny SA base -> its folder: language modelling on solutions of both styles, then the
-    gate.
-
-    A base that cannot read values out of restatements looks as good as any after SFT and yet gives
-    RL nothing to amplify; so pretraining goes on in rounds until it can.
-    """
-    folder = Path(args.out) / "tiny" / "base-wfull"
-    device, model = pick_device(args.device), tiny_base(args.seed)
-    tokenizer = Tokenizer(model.tokenizer_files)
-    round_steps, rounds, lr = 1500, 4, 3e-3
-    trainer = Trainer(model, folder, {"seed": args.seed, "stage": "base"}, device,
-                      weight_decay=0.01)
-    if trainer.done(1):
-        return folder
-    trainer.begin()
-    stream = []  # documents one after another, restating with a probability of their own
-    for row in tiny_problems(12000, [args.seed, 1], restate=lambda rng: rng.random()):
-        stream += tokenizer.encode(f"<bos>{row['problem']}{row['solution']}<eos>")
-    stream, T, B = torch.tensor(stream), 128, 16
-
-    def loss_fn(logprobs, micro):
-        return -logprobs.sum() / (B * T)
-
-    while True:
-        rng = np.random.default_rng([args.seed, 2, trainer.step])
-        crops = [stream[i:i + T + 1] for i in rng.integers(0, len(stream) - T - 1, B)]
-        rows = [{"tokens": c[:-1].tolist(), "targets": c[1:].tolist()} for c in crops]
-        here = trainer.step % round_steps
-        trainer.update(rows[RANK::WORLD], loss_fn,
-                       schedule(here, round_steps, lr, 75, "linear", decay_from=0.6))
-        trainer.log({}, f"base step {trainer.step + 1}/{round_steps}", every=10)
-        trainer.save()
-        if trainer.agreed(trainer.stopping):
-            raise KeyboardInterrupt
-        if trainer.step % round_steps == 0:
-            read = reads_restatements(model, tokenizer, [args.seed, 3])
-            print(f"base: step {trainer.step}, reads {read:.3f} of restated operands and boxes",
-                  flush=True)
-            if read >= 0.98 or trainer.step == rounds * round_steps:
-                break
-    trainer.save(final=True)
-    return folder
-
-
-SETTINGS = {  # flag: (tiny, a real model on a CPU: a rehearsal, a real model on a GPU; what it is)
-    "window": (24, 4096, 4096, "keys that a query sees, its own included; or full"),
-    "steps": (200, 4, 1000, "optimizer steps"),
-    "batch": (32, 4, 64, "examples a step"),
-    "lr": (1e-3, 1e-5, 1e-5, "peak learning rate"),
-    "warmup": (10, 1, 30, "steps of linear warm-up"),
-    "max_length": (256, 512, 16384, "tokens of an example; longer ones are left out"),
-    "eval_every": (50, 2, 50, "steps between held-out losses"),
-    "held_out": (200, 4, 200, "examples for the held-out loss"),
-    "save_every": (1, 1, 1, "steps between checkpoints: what kill -9 may lose; raise it where a "
-                            "save takes long"),
-    "data": ("tiny", "open-r1/OpenR1-Math-220k", "open-r1/OpenR1-Math-220k",
-             "JSONL file or hub id[:config[:split]]"),
-    "instruction": ("", INSTRUCTION, INSTRUCTION, "appended to each problem"),
-    "micro_tokens": (16384, 2048, 16384,
-                     "tokens of one forward and backward: lower it when memory runs out"),
-}
-
-
-def window_arg(text):
-    """`full`, or a whole number of keys >= 1."""
-    try:
-        window = text if text == "full" else int(text)
-        check_window(None if window == "full" else window)
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"{text!r}: give a whole number of keys >= 1, or full") from None
-    return window
-
-
-def as_window(window):
-    """The model's window for a flag's value."""
-    return None if window == "full" else window
-
-
-def layers_arg(text):
-    try:
-        return [int(x) for x in text.split(",") if x]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r}: give layer numbers such as 0,14,27") from None
-
-
-def add_settings(parser, table):
-    """A flag for each row of a table of settings, and what every script has."""
-    for name, (tiny, cpu, gpu, text) in table.items():
-        defaults = (f"tiny {tiny!r}, CPU {cpu!r}, GPU {gpu!r}" if not tiny == cpu == gpu
-                    else repr(gpu))
-        kind = window_arg if name == "window" else type(gpu)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind,
-                            help=f"{text} (default: {defaults})".replace("%", "%%"))
-    parser.add_argument("--model", default=DEFAULT_MODEL,
-                        help="tiny, a Hugging Face folder or a hub id (default: %(default)s)")
-    parser.add_argument("--out", default="out",
-                        help="where <model>/<stage>-w<window>/ goes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
-                        help="of everything random (default: %(default)s)")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
-                        help="(default: %(default)s)")
-    parser.add_argument("--wandb", metavar="PROJECT",
-                        help="also log to Weights & Biases, if it is installed")
-    parser.add_argument("--plan", action="store_true",
-                        help="print the memory that the run will take, and stop")
-    # conversion (stage 1)
-    parser.add_argument("--window-from", type=int,
-                        help="start with this window and shrink to --window over half the run")
-    parser.add_argument("--full-layers", type=layers_arg,
-                        help="layers that keep full attention, such as 0,14,27")
-    parser.add_argument("--nope-full", action="store_true",
-                        help="those layers without RoPE: an experiment")
-
-
-MAY_BE_ZERO = ("steps", "hours", "warmup", "temperature", "seed", "min_informative",
-               "overlong_buffer", "tis_cap")
-
-
-def settle(args, table, **given):
-    """A stage's arguments: what was given, the rest from the column of its table that fits;
-    checked."""
-    args = argparse.Namespace(**{**vars(args), **given})
-    column = 0 if args.model == "tiny" else 2 if pick_device(args.device).type == "cuda" else 1
-    for name, row in table.items():
-        if getattr(args, name) is None:
-            setattr(args, name, row[column])
-    for name, value in vars(args).items():
-        if type(value) in (int, float) and not (value > 0 or value == 0 and name in MAY_BE_ZERO):
-            least = "of at least 0" if name in MAY_BE_ZERO else "above 0"
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give a number {least}")
-    if args.model == "tiny":
-        torch.set_num_threads(1)  # tiny matrices gain nothing from more, and both arms want a core
-    return args
-
-
-def other_stage(args, table, **given):
-    """The same run's arguments for another stage: its own defaults, except for what is given."""
-    return settle(args, table, **{**dict.fromkeys(table), **given})
-
-
-def stage_folder(args, stage, window=None):
-    """<out>/<model>/<stage>-w<window>."""
-    path = Path(args.model)
-    name = path.resolve().name if path.exists() else path.name
-    return Path(args.out) / name / f"{stage}-w{window or args.window}"
-
-
-@torch.no_grad()
-def held_out_loss(model, rows, device, micro_tokens):
-    """Mean -log p of the response tokens, nats a token; nan without rows."""
-    total, count = 0.0, 0
-    for m in pack(rows, micro_tokens, device):
-        with compute_type(device):
-            logprobs = model(m["tokens"], m["cu_seqlens"], m["targets"])
-        total, count = total - logprobs.sum().item(), count + (m["targets"] >= 0).sum().item()
-    return total / count if count else float("nan")
-
-
-def sft_data(args):
-    """(training problems, held-out problems), all with solutions."""
-    if args.data == "tiny":
-        def restate(rng):  # 80 % of the documents hardly restate, 20 % nearly always
-            return 0.1 if rng.random() < 0.8 else 0.9
-
-        return (tiny_problems(4000, [args.seed, 4], restate=restate),
-                tiny_problems(args.held_out, [args.seed, 5], test=True, restate=restate))
-    problems = [p for p in load_problems(args.data) if p["solution"]]
-    train = [p for p in problems if not held_out(p["problem"], 2)]
-    if not train:
-        raise UsageError(f"--data {args.data} has no solutions to train on: give data with "
-                         '"solution", "generations" or "messages"')
-    return train, [p for p in problems if held_out(p["problem"], 2)][:args.held_out]
-
-
-def sft_rows(args, tokenizer, problems):
-    """Training rows: prompt by the chat template, loss on the response only; longer than
-    --max-length are left out. Made batch by batch: whole data sets would not fit as lists."""
-    end = min(tokenizer.stop_ids, default=None) if tokenizer.eos_id is None else tokenizer.eos_id
-    if end is None:
-        raise UsageError(f"{args.model} names no eos token: "
-                         "add eos_token to its tokenizer_config.json")
-    rows = []
-    for p in problems:
-        text = p["solution"] if args.data == "tiny" else solution_text(p)
-        rows.append(make_row(as_prompt(tokenizer, p["problem"], args.instruction),
-                             tokenizer.encode(text) + [end]))
-    rows = [row for row in rows if len(row["tokens"]) <= args.max_length]
-    if problems and not rows:
-        raise UsageError(f"none of {len(problems)} examples has at most {args.max_length} tokens: "
-                         "raise --max-length")
-    return rows
+# memory
 
 
 def memory_plan(config, tokens, slots=0, length=0):
@@ -854,20 +919,20 @@ def memory_plan(config, tokens, slots=0, length=0):
         P = sum(p.numel() for p in Transformer(config).parameters())
     C, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    block = 3 * I + 4 * C + 2 * heads  # what the backward of a block needs of each token
     plan = [
         ("always", "weights, float32 masters", 4 * P),
         ("always", "AdamW, two moments, float32", 8 * P),
         ("update", "gradients, float32", 4 * P),
         ("update", "bfloat16 casts of the weights", 2 * P),
         ("update", "block inputs kept for the backward", 2 * tokens * C * L),
-        ("update", "one block recomputed, and its gradients",
-         2 * 2 * tokens * (3 * I + 4 * C + 2 * heads)),
+        ("update", "one block recomputed, and its gradients", 2 * 2 * tokens * block),
         ("update", "a chunk of logits and its gradients",
          3 * 4 * min(LOGITS_PER_CHUNK, tokens * config.vocab_size))]
     if slots:
+        cache = slots * Cache.bytes_per_slot(config, length, torch.bfloat16)
         plan += [("always", "rollout copy, bfloat16", 2 * P),
-                 ("rollout", f"ring cache of {slots} sequences",
-                  slots * RingCache.bytes_per_slot(config, length, torch.bfloat16))]
+                 ("rollout", f"ring cache of {slots} sequences", cache)]
     return plan
 
 
@@ -878,89 +943,228 @@ def peak_bytes(plan):
 
 def config_of(model):
     """The configuration of --model."""
-    return replace(TINY) if model == "tiny" else ModelConfig.from_dict(
-        read_json(resolve(model, ["config.json"]) / "config.json"))
+    if model in TASKS:
+        return TASKS[model].config
+    return read_config(resolve(model, ["config.json"]))
 
 
-def print_plan(args, tokens, slots=0, length=0):
+def print_plan(settings, tokens, slots=0, length=0):
     """The plan of one GPU, before anything is allocated; needs config.json only."""
-    config = config_of(args.model)
-    config.window, config.full_layers = as_window(args.window), tuple(args.full_layers or ())
-    tokens = max(tokens, args.micro_tokens)
+    config = replace(config_of(settings.model), window=settings.window,
+                     full_layers=settings.full_layers)
+    tokens = max(tokens, settings.micro_tokens)
     plan = memory_plan(config, tokens, slots, length)
-    print(f"{args.model}, window {args.window}, micro-batches of {tokens:,} tokens; computed\n\n"
-          "| when | what | GB |\n|---|---|---:|")
-    for phase, part, size in [*plan, ("", "peak: always + the larger phase", peak_bytes(plan))]:
-        print(f"| {phase} | {part} | {size / 1e9:.2f} |")
+    plan.append(("", "peak: always + the larger phase", peak_bytes(plan)))
+    print(f"{settings.model}, window {settings.window or 'full'}, micro-batches of {tokens:,} "
+          "tokens; computed\n")
+    rows = [{"when": phase, "what": part, "GB": f"{size / 1e9:.2f}"} for phase, part, size in plan]
+    print("\n".join(markdown(rows)))
 
 
-def convert(args):
-    """Stage 1: base -> SWA by SFT (or SA, with --window full); returns the folder, done already
-    or now."""
-    if args.window_from and args.window == "full":
-        raise UsageError("--window-from shrinks towards a --window, and full has no size: "
-                         "give a number of keys")
-    folder = stage_folder(args, "sft")
-    device = pick_device(args.device)
-    base = pretrain_tiny(args) if args.model == "tiny" else args.model
-    names = [*SETTINGS, "seed", "window_from", "full_layers", "nope_full"]
-    settings = {k: getattr(args, k) for k in names if k not in ("save_every", "micro_tokens")}
-    settings |= {"stage": "sft"}
-    window = as_window(args.window)
-    model = Transformer.from_pretrained(base, None, (), device, torch.float32)
-    tokenizer, (train, held) = Tokenizer(model.tokenizer_files), sft_data(args)
-    held = sft_rows(args, tokenizer, held)
-    # SA, before a resume changes the weights
-    teacher = held_out_loss(model, held, device, args.micro_tokens)
-    model.config = replace(model.config, window=window, full_layers=tuple(args.full_layers or ()),
-                           nope_full=args.nope_full)
-    trainer = Trainer(model, folder, settings, device, micro_tokens=args.micro_tokens,
-                      wandb=args.wandb)
-    if trainer.done(args.steps):
-        return folder
-    trainer.begin()
-    if held and trainer.step == 0:
-        student = held_out_loss(model, held, device, args.micro_tokens)
-        print(f"held-out loss before training: SA {teacher:.3f}, window {args.window} "
-              f"{student:.3f} nats a token", flush=True)
-    while trainer.step < args.steps:
-        step, began = trainer.step, time.time()
-        if args.window_from:  # shrink geometrically over the first half, then stay
-            share = min(1.0, 2 * (step + 1) / args.steps)
-            model.config.window = round(args.window_from * (window / args.window_from) ** share)
-        rows = draw(train, step * args.batch, args.batch, [args.seed, 6])
-        rows = sft_rows(args, tokenizer, rows)
-        n_tokens = sum(t >= 0 for row in rows for t in row["targets"])
-        total = [0.0]
+# --------------------------------------------------------------------------------------------------
+# the tiny task
 
-        def loss_fn(logprobs, micro):
-            loss = -logprobs.sum() / n_tokens
-            total[0] += loss.item()
-            return loss
 
-        lr = schedule(step, args.steps, args.lr, args.warmup, "cosine")
-        norm = trainer.update(rows[RANK::WORLD], loss_fn, lr)
-        loss, seconds = all_sum(total, device)[0], time.time() - began
-        tok_per_s = sum(len(r["tokens"]) for r in rows) / seconds
-        record = {"loss": loss, "grad_norm": norm, "lr": lr, "window": model.config.window,
-                  "tok_per_s": tok_per_s, "seconds": seconds}
-        last = step + 1 == args.steps
-        if held and ((step + 1) % args.eval_every == 0 or last):
-            loss_now = held_out_loss(trainer.model, held, device, args.micro_tokens)
-            record |= {"held_out": loss_now, "gap_to_teacher": loss_now - teacher}
-        shown = (f" | held-out {record['held_out']:.3f} (SA {teacher:.3f})"
-                 if "held_out" in record else "")
-        trainer.log(record, f"sft w={args.window} step {step + 1}/{args.steps} | loss {loss:.3f}"
-                            f"{shown} | norm {norm or float('nan'):.2f} | lr {lr:.1e} "
-                            f"| {tok_per_s:,.0f} tok/s", every=0 if shown else 5)
-        stop = trainer.agreed(trainer.stopping)
-        if stop or last or trainer.step % args.save_every == 0:
-            trainer.save(final=last)
-        if stop and not last:
-            raise KeyboardInterrupt
-    if not trainer.done(args.steps):  # --steps 0: the window is set, nothing is trained
-        trainer.save(final=True)
-    return folder
+class RunningSums:
+    """Running sums with named operands, where restating brings far operands near.
+
+    Prompt `a3b0c4d1?`: n in 4..8 operands of 0..4. Answer `a3+0=3;b0+3=3;...\\boxed{8}`. Reading
+    the k-th operand out of the prompt reaches back 2n + 5k tokens; after a step the operands that
+    remain may be restated, `[c4d1]`, and are then near: nothing in the prompt asks for it. A token
+    is a character, but for the box.
+    """
+
+    config = ModelConfig(vocab_size=33, hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+                         num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+                         max_position_embeddings=512)
+    tokens = [*"0123456789abcdefghijkl+=;[]?", r"\boxed{", "}"]
+    defaults = {
+        "sft": {"window": 24, "steps": 200, "batch": 32, "lr": 1e-3, "warmup": 10,
+                "max_length": 256, "eval_every": 50, "eval_examples": 200, "data": "tiny",
+                "instruction": ""},
+        "rl": {"window": 24, "steps": 40, "prompts": 16, "group": 8, "max_new_tokens": 140,
+               "lr": 7e-4, "warmup": 3, "validate": 512, "data": "tiny", "instruction": ""},
+    }
+    pretraining = {"steps": 1500, "rounds": 4, "batch": 16, "length": 128, "lr": 3e-3,
+                   "warmup": 75}
+    grade = None  # rl.py's answer checker, as for real problems
+    measures = {"restatements": lambda response: response.count("[")}
+
+    def sft(self, settings):
+        """(training problems, held-out problems): 80 % of the solutions hardly restate, 20 %
+        nearly always."""
+        def restate(rng):
+            return 0.1 if rng.random() < 0.8 else 0.9
+
+        return (self.problems(4000, [settings.seed, 4], restate=restate),
+                self.problems(settings.eval_examples, [settings.seed, 5], True, restate))
+
+    def rl(self, settings, step, attempt):
+        return self.problems(settings.prompts, [settings.seed, 7, step, attempt])
+
+    def some(self, n, seed):
+        return self.problems(n, [seed, 13])
+
+    def validation(self, n, seed):
+        return self.problems(n, [seed, 10], test=True)
+
+    def problems(self, n, seed, test=False, restate=None):
+        """n problems of one side of the hash split; test problems are distinct.
+
+        restate(rng) -> the probability of one solution's restatements; None: without solutions.
+        """
+        rng, problems, seen = np.random.default_rng(seed), [], set()
+        while len(problems) < n:
+            problem = self.problem(rng)
+            if on_test_side(problem) != test or (test and problem in seen):
+                continue
+            seen.add(problem)
+            total = sum(int(value) for value in problem[1::2]) % 10
+            solution = self.solution(problem, rng, restate(rng)) if restate else ""
+            problems.append({"problem": problem, "answer": str(total), "solution": solution})
+        return problems
+
+    def problem(self, rng):
+        n = rng.integers(4, 9)
+        return "".join(f"{letter}{rng.integers(5)}" for letter in "abcdefgh"[:n]) + "?"
+
+    def solution(self, problem, rng, restate):
+        """restate: the probability, after a step, where two operands or more remain."""
+        operands = [problem[i:i + 2] for i in range(0, len(problem) - 1, 2)]
+        text, total = "", 0
+        for i, (letter, value) in enumerate(operands):
+            text += f"{letter}{value}+{total}="
+            total = (total + int(value)) % 10
+            text += f"{total};"
+            if len(operands) - i > 2 and rng.random() < restate:
+                text += f"[{''.join(operands[i + 1:])}]"
+        return text + f"\\boxed{{{total}}}"
+
+    def documents(self, seed):
+        """What the base is pretrained on: each document restates with a probability of its own."""
+        problems = self.problems(12000, [seed, 1], restate=lambda rng: rng.random())
+        return [p["problem"] + p["solution"] for p in problems]
+
+    @torch.no_grad()
+    def gate(self, model, tokenizer, seed, n=200):
+        """What RL will amplify must be there: the share of digits that the base reads right out of
+        restatements, the result's into the box included, in the longest problems.
+
+        The prompt's own operands are hidden by the window, so that only restatements can be read.
+        """
+        rng, right, asked = np.random.default_rng([seed, 3]), 0, 0
+        model.config.window = 24
+        try:
+            for _ in range(n // 50):
+                texts = []
+                while len(texts) < 50:
+                    problem = self.problem(rng)
+                    if len(problem) >= 15:  # 7 or 8 operands
+                        texts.append(problem + self.solution(problem, rng, restate=1))
+                rows = [tokenizer.encode("<bos>" + text) for text in texts]
+                tokens = torch.zeros(50, max(map(len, rows)), dtype=torch.long, device=model.device)
+                for i, row in enumerate(rows):
+                    tokens[i, :len(row)] = torch.tensor(row)
+                guess = model(tokens).argmax(-1)
+                for i, text in enumerate(texts):
+                    for match in re.finditer(r"(?<=\])[a-h]|\\boxed", text):
+                        at = match.start() + 1  # a character is a token up to the box; <bos> is one
+                        right += (guess[i, at] == tokens[i, at + 1]).item()
+                        asked += 1
+        finally:
+            model.config.window = None
+        return right / asked
+
+
+TASKS = {"tiny": RunningSums()}  # by the name that --model and --data take
+
+
+def pretrain(settings):
+    """The SA base of a tiny task -> its folder: language modelling on documents, then the gate.
+
+    A base that cannot read values out of restatements looks as good as any after SFT and yet gives
+    RL nothing to amplify; so pretraining goes on in rounds until it can.
+    """
+    task, how, device = settings.tiny, settings.tiny.pretraining, settings.start_device()
+    run = Run(settings, Path(settings.out) / settings.model / "base-wfull",
+              {"stage": "base", "seed": settings.seed})
+    if run.finished(1):
+        return run.folder
+    model = untrained(task, settings.seed)
+    tokenizer = Tokenizer(model.tokenizer_files)
+    stream = []  # the documents one after another
+    for document in task.documents(settings.seed):
+        stream += tokenizer.encode(f"<bos>{document}<eos>")
+    stream, length = torch.tensor(stream), how["length"]
+
+    def loss_fn(logprobs, micro):
+        return -logprobs.sum() / (how["batch"] * length)
+
+    trainer = Trainer(model, device, weight_decay=0.01)
+    run.start(trainer)
+    for last in range(how["steps"], how["steps"] * how["rounds"] + 1, how["steps"]):
+        for step in run.steps(last):
+            rng = np.random.default_rng([settings.seed, 2, step])
+            starts = rng.integers(0, len(stream) - length - 1, how["batch"])
+            crops = [stream[i:i + length + 1].tolist() for i in starts]
+            rows = [{"tokens": crop[:-1], "targets": crop[1:]} for crop in crops]
+            lr = schedule(step % how["steps"], how["steps"], how["lr"], how["warmup"], "linear",
+                          decay_from=0.6)
+            trainer.update(rows[RANK::WORLD], loss_fn, lr)
+            run.log({}, f"base step {step + 1}/{last}", every=10)
+        passed = task.gate(model, tokenizer, settings.seed)
+        print(f"base: step {run.step}, passes {passed:.3f} of the gate", flush=True)
+        if passed >= 0.98:
+            break
+    return run.finish()
+
+
+def untrained(task, seed=0):
+    """A tiny task's model before pretraining, with an initialisation of its own."""
+    torch.manual_seed(seed)
+    model = Transformer(replace(task.config))
+    for name, p in model.named_parameters():
+        if p.dim() > 1:
+            own = {"model.embed_tokens.weight": 0.7, "lm_head.weight": 0.02}
+            std = own.get(name, p.shape[1] ** -0.5)
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                std /= math.sqrt(2 * task.config.num_hidden_layers)
+            torch.nn.init.normal_(p, std=std)
+    model.tokenizer_files = tokenizer_files(task.tokens)
+    return model
+
+
+def tokenizer_files(tokens):
+    """{file name: bytes} of a tokenizer without merges, in Hugging Face's format.
+
+    A token is a character, a longer one an added token; other characters are dropped.
+    """
+    special = ["<pad>", "<bos>", "<eos>"]
+    tokens = [*special, *tokens]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added = [{"id": i, "content": token, "special": token in special, **flags}
+             for i, token in enumerate(tokens) if len(token) > 1]
+    tokenizer = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None,
+        "added_tokens": added,
+        "pre_tokenizer": byte_level | {"use_regex": True},
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        # Also the added tokens: Hugging Face gives those missing here ids of its own choice
+        "model": {"type": "BPE", "vocab": {t: i for i, t in enumerate(tokens)}, "merges": []},
+    }
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        "pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>",
+        "chat_template": "{{ bos_token }}{{ messages[-1]['content'] }}",
+    }
+    return {"tokenizer.json": json.dumps(tokenizer).encode(),
+            "tokenizer_config.json": json.dumps(config).encode()}
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -968,19 +1172,37 @@ class FlagParser(argparse.ArgumentParser):
         raise UsageError(f"{message} (see --help)")
 
 
-def parser():
-    parser = FlagParser(description=__doc__.split("\n\n")[0])
-    add_settings(parser, SETTINGS)
+def flags(stage, description):
+    """The command line of a stage: a flag for each of its settings, absent where not given."""
+    parser = FlagParser(description=description, argument_default=argparse.SUPPRESS)
+    tiny = TASKS["tiny"].defaults[stage.stage]
+    for f in fields(stage):
+        name, text = f"--{f.name.replace('_', '-')}", f.metadata["text"]
+        if f.default not in (None, (), False):
+            own = f", tiny: {tiny[f.name]!r}" if f.name in tiny else ""
+            text += f" (default: {f.default!r}{own})"
+        kinds = {int: int, int | None: int, float: float}
+        flag = {"action": "store_true"} if f.type is bool else {"type": kinds.get(f.type, str)}
+        parser.add_argument(name, help=text.replace("%", "%%"), **flag | f.metadata["flag"])
     return parser
 
 
+def parser():
+    return flags(SFTSettings, __doc__.split("\n\n")[0])
+
+
 def main():
-    args = settle(parser().parse_args(), SETTINGS)
-    if args.plan:
-        return print_plan(args, args.max_length)
+    settings = SFTSettings.of(**vars(parser().parse_args()))
+    if settings.plan:
+        return print_plan(settings, settings.max_length)
+    print_settings(settings)
+    print(f"done: {convert(settings)}")
+
+
+def print_settings(settings):
     if RANK == 0:
-        print("settings:", json.dumps(vars(args)), flush=True)
-    print(f"done: {convert(args)}")
+        values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+        print("settings:", json.dumps(values), flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ them: the truncated share and the length. Locality asks how much a trajectory le
 beyond a window. The analyses set SA against SWA: each is a table of runs, made by the stages in
 convert_sft.py and rl.py and reused where they are done, and ends in Markdown, JSON and a picture.
 
+In the order of the file: benchmarks; statistics; locality; the analyses; reports and pictures; the
+command.
+
 Left out on purpose: few-shot prompts, multiple choice, judges that are models, other engines.
 
     python eval.py --model out/tiny/rl-w24 out/tiny/sft-w24 --benchmarks tiny --samples 8
@@ -23,32 +26,37 @@ import shutil
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import convert_sft
 import rl
 from convert_sft import (
     COLORS,
     INSTRUCTION,
+    TASKS,
+    FlagParser,
+    Problems,
+    Run,
     Trainer,
     as_problem,
     as_prompt,
-    as_window,
+    config_of,
     convert,
     describe_machine,
-    held_out,
     load_problems,
-    other_stage,
+    markdown,
+    new_figure,
     pick_device,
-    pretrain_tiny,
+    pretrain,
+    read_log,
+    save_figure,
     schedule,
-    stage_folder,
-    tiny_base,
-    tiny_problems,
+    untrained,
     window_arg,
 )
 from model import (
@@ -62,18 +70,19 @@ from model import (
     write_file,
 )
 from rl import (  # noqa: F401
+    SAMPLINGS,
+    RLSettings,
     bootstrap_ci,
     extract_answer,
     grade_batch,
     interval,
     is_correct,
+    open_model,
     resample,
     roll_out,
     run_arm,
     validate,
-    validation_problems,
 )
-from swa_kernel import swa_attention
 
 # --------------------------------------------------------------------------------------------------
 # benchmarks
@@ -91,13 +100,14 @@ BENCHMARKS = {  # name: hub id, configuration, split, field of the problem, fiel
 
 
 def load_benchmark(name, seed=0):
-    """A name of BENCHMARKS, `tiny` (rl.py's validation problems of that seed), or a JSONL file."""
-    if name == "tiny":
-        return tiny_problems(512, [seed, 10], test=True)
+    """A name of BENCHMARKS, a tiny task (rl.py's validation problems of that seed), or a JSONL
+    file -> problems."""
+    if name in TASKS:
+        return TASKS[name].validation(512, seed)
     if name not in BENCHMARKS:
         if not Path(name).is_file():
             raise UsageError(f"--benchmarks {name}: no such file; give a JSONL file or names out "
-                             f"of tiny, {', '.join(BENCHMARKS)}")
+                             f"of {', '.join([*TASKS, *BENCHMARKS])}")
         return load_problems(name)
     import datasets  # imported here since it takes more than a second
 
@@ -113,29 +123,49 @@ def load_benchmark(name, seed=0):
             for p, a in rows]
 
 
-# --------------------------------------------------------------------------------------------------
-# sampling and grading
+def answer_benchmark(model, tokenizer, problems, file, settings, args):
+    """Generates and grades what `file` does not hold yet -> a record for each problem.
+
+    A chunk of problems is appended when it is done. An interrupted one is done again as a whole:
+    the same sequences then run side by side, so that not even rounding differs from a run that
+    was left alone.
+    """
+    records = []
+    if file.exists():
+        old, records = read_generations(file)
+        differ = [key for key in settings if old.get(key) != settings[key]]
+        if differ or any(r["problem"] != p["problem"] for r, p in zip(records, problems)):
+            raise UsageError(f"{file} holds generations with other settings ("
+                             f"{', '.join(differ) or 'other problems'}): give the same flags, "
+                             "another --out, or remove it")
+    if len(records) < len(problems):
+        records = records[:len(records) // args.chunk * args.chunk]
+        write_generations(file, settings, records)
+    for first in range(len(records), len(problems), args.chunk):
+        chunk = problems[first:first + args.chunk]
+        new = answer_chunk(model, tokenizer, chunk, first, args)
+        with open(file, "a") as f:
+            f.write("".join(json.dumps(record) + "\n" for record in new))
+        records += new
+    return records[:len(problems)]
 
 
-def sample_answers(model, tokenizer, problems, first, args):
+def answer_chunk(model, tokenizer, problems, first, args):
     """args.samples answers to each problem; the j-th to problem first + i has its own seed."""
-    prompts = [as_prompt(tokenizer, p["problem"], args.instruction) for p in problems]
-    k = args.samples
-    seeds = [np.random.default_rng([args.seed, 11, first + i]).integers(2**62, size=k)
+    seeds = [np.random.default_rng([args.seed, 11, first + i]).integers(2**62, size=args.samples)
              for i in range(len(problems))]
-    return generate(
-        model, [p for p in prompts for _ in range(k)], args.max_new_tokens, args.temperature,
-        tokenizer.stop_ids, args.slots, np.concatenate(seeds).tolist(), top_p=args.top_p,
-        n_ids=tokenizer.n_ids, progress=f"problems {first} to {first + len(problems) - 1}:")
+    groups = roll_out(model, tokenizer, problems, args.samples, np.stack(seeds), args.temperature,
+                      args, f"problems {first} to {first + len(problems) - 1}:", top_p=args.top_p)
+    return [{"problem": p["problem"], "answer": p["answer"],
+             "responses": [e.text for e in group], "lengths": [len(e.tokens) for e in group],
+             "finished": [e.finished for e in group],
+             "verdicts": [verdict_of(e.verdict, e.finished) for e in group]}
+            for p, group in zip(problems, groups)]
 
 
-def grade(records):
-    """Sets each record's verdicts; an answer that was cut off is wrong, as in training."""
-    graded = iter(grade_batch([text for r in records for text in r["responses"]],
-                              [r["answer"] for r in records for _ in r["responses"]]))
-    for r in records:
-        verdicts = [next(graded) for _ in r["responses"]]
-        r["verdicts"] = [v if f else "truncated" for v, f in zip(verdicts, r["finished"])]
+def verdict_of(verdict, finished):
+    """An answer that was cut off is wrong, as in training."""
+    return verdict if finished else "truncated"
 
 
 def read_generations(file):
@@ -165,59 +195,30 @@ def write_generations(file, settings, records):
     write_file(file, lambda f: f.write_text("".join(lines)))
 
 
+def regrade(file):
+    """Grades generations again, in place, and says what changed."""
+    settings, records = read_generations(file)
+    grader = getattr(TASKS.get(settings.get("benchmark")), "grade", None) or rl.grade
+    before, after = [], []
+    for r in records:
+        n = len(r["responses"])
+        before += r.get("verdicts", [None] * n)
+        verdicts = grade_batch(r["responses"], [r["answer"]] * n, grader)
+        r["verdicts"] = [verdict_of(*pair) for pair in zip(verdicts, r["finished"])]
+        after += r["verdicts"]
+    write_generations(Path(file), settings, records)
+    counts = {kind: after.count(kind) for kind in sorted(set(after))}
+    changed = sum(a != b for a, b in zip(before, after))
+    print(f"{file}: {changed} of {len(after)} verdicts changed; {counts}, accuracy "
+          f"{shown(over_seeds([scores_of(records)]))}")
+
+
 def fingerprint(model):
     """A short hash of the weights: generations of another state of training are not continued."""
     digest = hashlib.sha256()
     for p in model.parameters():
         digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def answer_benchmark(model, tokenizer, problems, file, settings, args):
-    """Generates and grades what `file` does not hold yet -> a record for each problem.
-
-    A chunk of problems is appended when it is done. An interrupted one is done again as a whole:
-    the same sequences then run side by side, so that not even rounding differs from a run that
-    was left alone.
-    """
-    records = []
-    if file.exists():
-        old, records = read_generations(file)
-        differ = [key for key in settings if old.get(key) != settings[key]]
-        if differ or any(r["problem"] != p["problem"] for r, p in zip(records, problems)):
-            raise UsageError(f"{file} holds generations with other settings ("
-                             f"{', '.join(differ) or 'other problems'}): give the same flags, "
-                             "another --out, or remove it")
-    if len(records) < len(problems):
-        records = records[:len(records) // args.chunk * args.chunk]
-        write_generations(file, settings, records)
-    k = args.samples
-    for first in range(len(records), len(problems), args.chunk):
-        chunk = problems[first:first + args.chunk]
-        rollouts = sample_answers(model, tokenizer, chunk, first, args)
-        groups = [rollouts[i:i + k] for i in range(0, len(rollouts), k)]
-        new = [{"problem": p["problem"], "answer": p["answer"],
-                "responses": [tokenizer.decode(r.tokens) for r in group],
-                "lengths": [len(r.tokens) for r in group],
-                "finished": [r.finished for r in group]} for p, group in zip(chunk, groups)]
-        grade(new)
-        with open(file, "a") as f:
-            f.write("".join(json.dumps(r) + "\n" for r in new))
-        records += new
-    return records[:len(problems)]
-
-
-def regrade(file):
-    """Grades generations again, in place, and says what changed."""
-    settings, records = read_generations(file)
-    before = [v for r in records for v in r.get("verdicts", [None] * len(r["responses"]))]
-    grade(records)
-    after = [v for r in records for v in r["verdicts"]]
-    write_generations(Path(file), settings, records)
-    counts = {kind: after.count(kind) for kind in sorted(set(after))}
-    changed = sum(a != b for a, b in zip(before, after))
-    print(f"{file}: {changed} of {len(after)} verdicts changed; {counts}, accuracy "
-          f"{shown(over_seeds([scores_of(records)]))}")
 
 
 def stream_answer(model, tokenizer, args):
@@ -233,48 +234,61 @@ def stream_answer(model, tokenizer, args):
     rollout, = generate(model, [ids], limit, args.temperature, tokenizer.stop_ids, 1, args.seed,
                         top_p=args.top_p, n_ids=tokenizer.n_ids, stream=show)
     print(decoder.decode(b"", final=True))
-    print(f"[{len(rollout.tokens)} tokens, {len(rollout.tokens) / (time.time() - began):.0f} tok/s"
-          f"{'' if rollout.finished else ', cut off at --max-new-tokens'}]", file=sys.stderr)
+    cut = "" if rollout.finished else ", cut off at --max-new-tokens"
+    tok_per_s = len(rollout.tokens) / (time.time() - began)
+    print(f"[{len(rollout.tokens)} tokens, {tok_per_s:.0f} tok/s{cut}]", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
 # statistics
 
 
-def paired_bootstrap(a, b, seed=0):
-    """Scores (P, R) of two models on the same problems -> (mean(b) - mean(a), low, high, p).
+@dataclass
+class Estimate:
+    """A mean with its interval, of n problems; seeds: the mean of each training seed."""
 
-    p is two-sided, for the null of no difference: the share of draws that lie at least as far from
-    the observed difference as that lies from 0 (the bootstrap distribution, shifted to the null).
-    Lists of score arrays, one for each benchmark, compare the averages over the benchmarks.
-    """
-    if not isinstance(a, list):
-        a, b = [a], [b]
-    if [len(x) for x in a] != [len(x) for x in b]:
-        raise ValueError("paired_bootstrap needs scores of both models on the same problems")
-    observed = float(np.mean([np.mean(y) - np.mean(x) for x, y in zip(a, b)]))
-    draws = np.mean([resample(y, seed=seed + i, stream=1) - resample(x, seed=seed + i)
-                     for i, (x, y) in enumerate(zip(a, b))], 0)
-    far = np.abs(draws - observed) >= abs(observed) - 1e-12
-    return observed, *interval(draws), float((1 + far.sum()) / (1 + len(draws)))
+    mean: float
+    low: float
+    high: float
+    n: int
+    seeds: list = field(default_factory=list)
 
 
 def over_seeds(groups, seed=0):
-    """One array (P, R) for each training seed -> a cell: mean, interval, n problems, seeds' means.
+    """One array of scores (P, R) for each training seed -> Estimate.
 
     Resamples seeds, then problems, then repeats. One seed's interval says nothing about training.
     Seeds without any problem (no correct trajectory, say) are left out; nan where all are.
     """
     groups = [scores for scores in groups if len(scores)]
     if not groups:
-        return dict.fromkeys(("mean", "low", "high"), math.nan) | {"n": 0, "seeds": []}
-    draws = np.stack([resample(scores, seed=seed + i) for i, scores in enumerate(groups)])
-    S, n = draws.shape
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    means = np.stack([resample(scores, seed=seed + i) for i, scores in enumerate(groups)])
+    S, n = means.shape
     rng = np.random.default_rng([seed, 2])
-    low, high = interval(draws[rng.integers(S, size=(n, S)), rng.integers(n, size=(n, S))].mean(1))
+    some_seeds, some_means = rng.integers(S, size=(n, S)), rng.integers(n, size=(n, S))
+    low, high = interval(means[some_seeds, some_means].mean(1))
     seeds = [float(np.mean(scores)) for scores in groups]
-    return {"mean": float(np.mean(seeds)), "low": low, "high": high, "n": sum(map(len, groups)),
-            "seeds": seeds}
+    return Estimate(float(np.mean(seeds)), low, high, sum(map(len, groups)), seeds)
+
+
+def paired_bootstrap(a, b, seed=0):
+    """Scores (P, R) of two models on the same problems -> (mean(b) - mean(a), low, high, p).
+
+    p is two-sided, for the null of no difference: the share of resamplings that lie at least as far
+    from the observed difference as that lies from 0 (the bootstrap distribution, shifted to the
+    null). Lists of score arrays, one for each benchmark, compare the averages over the benchmarks.
+    """
+    if not isinstance(a, list):
+        a, b = [a], [b]
+    if [len(x) for x in a] != [len(x) for x in b]:
+        raise ValueError("paired_bootstrap needs scores of both models on the same problems")
+    observed = float(np.mean([np.mean(y) - np.mean(x) for x, y in zip(a, b)]))
+    differences = [resample(y, seed=seed + i, stream=1) - resample(x, seed=seed + i)
+                   for i, (x, y) in enumerate(zip(a, b))]
+    mean = np.mean(differences, 0)
+    far = np.abs(mean - observed) >= abs(observed) - 1e-12
+    return observed, *interval(mean), float((1 + far.sum()) / (1 + len(mean)))
 
 
 def pass_at_k(correct, n, k):
@@ -282,21 +296,29 @@ def pass_at_k(correct, n, k):
     return 1 - math.comb(n - correct, k) / math.comb(n, k)
 
 
+@dataclass
+class Vote:
+    answer: str
+    count: int
+    right: bool
+
+
 def majority(responses, verdicts):
     """maj@k of one problem: whether the most frequent answer is right, ties shared; answers that
     were cut off or are missing have no vote."""
-    votes = []  # [answer, count, right]
+    votes = []
     for text, verdict in zip(responses, verdicts):
         answer = extract_answer(text)
         if answer is None or verdict == "truncated":
             continue
-        same = [v for v in votes if v[0] == answer or is_correct(f"\\boxed{{{answer}}}", v[0])]
-        if same:
-            same[0][1] += 1
+        for vote in votes:
+            if vote.answer == answer or is_correct(f"\\boxed{{{answer}}}", vote.answer):
+                vote.count += 1
+                break
         else:
-            votes.append([answer, 1, verdict == "correct"])
-    most = max((count for _, count, _ in votes), default=0)
-    return float(np.mean([right for _, count, right in votes if count == most])) if votes else 0.0
+            votes.append(Vote(answer, 1, verdict == "correct"))
+    most = max((vote.count for vote in votes), default=0)
+    return float(np.mean([vote.right for vote in votes if vote.count == most])) if votes else 0.0
 
 
 def scores_of(records):
@@ -327,11 +349,14 @@ def mean_of(records, key):
 # locality: what a trajectory owes to the tokens beyond a window
 
 
-def states(model, tokens):
-    """tokens (N, T) -> the last layer's states (N, T, C); positions begin at 0."""
-    windows, positions = model.config.windows, torch.arange(tokens.shape[1], device=tokens.device)
-    return model.hidden(tokens, positions[None],
-                        lambda layer, q, k, v: swa_attention(q, k, v, windows[layer]))
+@dataclass
+class Question:
+    """A response token whose two predictions are compared."""
+
+    gap: torch.Tensor  # (2, response tokens) of its rollout, to be filled in
+    ids: torch.Tensor  # prompt and response
+    at: int  # index in ids
+    column: int  # index in gap
 
 
 @torch.no_grad()
@@ -344,29 +369,32 @@ def token_gaps(reference, rollouts, window, positions=None, micro_tokens=16384):
     relative, so they may begin at position 0. positions: look at so many tokens of a rollout only,
     evenly spaced (NaN elsewhere): long responses under a large model.
     """
-    gaps, asked, full = [], [], []
+    gaps, questions, full = [], [], []
     for r in rollouts:
         P, ids = len(r.prompt), torch.tensor(list(r.prompt) + list(r.tokens))
         gap = torch.zeros(2, len(r.tokens), dtype=torch.promote_types(reference.dtype, torch.float))
         at = torch.arange(len(ids))[max(P, window + 1):]  # before, the window holds everything
         if positions and len(at) > positions:
-            gap[:, at - P] = float("nan")
+            gap[:, at - P] = math.nan
             at = at[torch.linspace(0, len(at) - 1, positions).round().long()]
         ids = ids.to(reference.device)
-        full.append(states(reference, ids[None])[0, at - 1])  # (tokens asked, C)
-        asked += [(gap, ids, t, t - P) for t in at.tolist()]
+        full.append(reference.states(ids[None])[0, at - 1])  # (tokens asked, C)
+        questions += [Question(gap, ids, t, t - P) for t in at.tolist()]
         gaps.append(gap)
     full = torch.cat(full) if full else None
     size = max(1, min(micro_tokens // window, LOGITS_PER_CHUNK // reference.config.vocab_size))
-    for i in range(0, len(asked), size):
-        some = asked[i:i + size]
-        short = states(reference, torch.stack([ids[t - window:t] for _, ids, t, _ in some]))
-        p, q = (log_softmax(reference.lm_head(x))  # (n, V)
-                for x in (full[i:i + size], short[:, -1]))
-        token = torch.stack([ids[t] for _, ids, t, _ in some])[:, None]
-        both = torch.stack(((p - q).gather(1, token)[:, 0], (p.exp() * (p - q)).sum(1))).cpu()
-        for n, (gap, _, _, at) in enumerate(some):
-            gap[:, at] = both[:, n]
+    for i in range(0, len(questions), size):
+        some = questions[i:i + size]
+        last = torch.stack([q.ids[q.at - window:q.at] for q in some])  # (n, W)
+        short = reference.states(last)[:, -1]
+        everything = log_softmax(reference.lm_head(full[i:i + size]))  # (n, V)
+        windowed = log_softmax(reference.lm_head(short))
+        token = torch.stack([q.ids[q.at] for q in some])[:, None]
+        log_ratio = (everything - windowed).gather(1, token)[:, 0]
+        kl = (everything.exp() * (everything - windowed)).sum(1)
+        both = torch.stack((log_ratio, kl)).cpu()
+        for n, q in enumerate(some):
+            q.gap[:, q.column] = both[:, n]
     return gaps
 
 
@@ -376,38 +404,110 @@ def information_gap(reference, rollouts, window, expected=False, positions=None)
     return [gap[int(expected)] for gap in token_gaps(reference, rollouts, window, positions)]
 
 
+@dataclass
+class Trajectory:
+    """An answer and its gaps, in nats."""
+
+    correct: bool
+    length: int  # tokens
+    log_ratio: dict  # window: mean over its tokens
+    kl: dict
+    tenths: list  # mean KL in each tenth of the response, under the run's own window
+    tokens: list  # (text, KL) of the first 80 tokens, likewise
+
+
+def trajectories_of(folder, reference, settings, windows, args):
+    """One policy's answers to validation problems, measured -> list[Trajectory]."""
+    problems = settings.task.validation(args.limit or 256, settings.seed)
+    episodes = answers(folder, problems, settings)
+    device = settings.start_device()
+    reference = Transformer.from_pretrained(reference, device=device, dtype=torch.float32)
+    tokenizer = Tokenizer(reference.tokenizer_files)
+    found = [Trajectory(e.reward > 0, len(e.tokens), {}, {}, [], []) for e in episodes]
+    for window in windows:
+        gaps = token_gaps(reference, episodes, window, args.positions)
+        for trajectory, episode, gap in zip(found, episodes, gaps):
+            log_ratio, kl = gap.nanmean(1).tolist()
+            trajectory.log_ratio[window], trajectory.kl[window] = log_ratio, kl
+            if window == settings.window:
+                trajectory.tenths = [part.nanmean().item() for part in gap[1].tensor_split(10)]
+                texts = [tokenizer.decode([t], skip_special=False) for t in episode.tokens[:80]]
+                trajectory.tokens = list(zip(texts, gap[1].tolist()))
+    return found
+
+
+def answers(folder, problems, settings):
+    """One Episode at T=1 to each problem, by the model in a folder."""
+    model, tokenizer = open_model(folder, settings)
+    groups = roll_out(model, tokenizer, problems, 1, 2 * 10**6 + settings.seed, 1.0, settings,
+                      f"{folder}:")
+    return [episode for episode, in groups]
+
+
 # --------------------------------------------------------------------------------------------------
 # the analyses: tables of runs
 
 
-def recipe(args, seed, variant=None, start=None, rows=None, **changes):
-    """The arguments of `rl.py --model ...` for a seed, with changes to them.
+@dataclass
+class Planned:
+    """A run of an analysis: rl.py's settings, and what stands in for its stage 1."""
 
-    Seed 0 lives in --out, as with rl.py's plain command, seed N in out/seedN. A variant has a
-    folder of its own, with a copy of the tiny base. start: a model in place of stage 1, with the
-    window set and nothing else. rows: problems with solutions for stage 1. Flags that eval.py does
-    not know are rl.py's.
+    settings: RLSettings
+    base: Path | None = None  # the tiny base that it begins with, to be copied
+    start: Path | None = None  # a model in place of stage 1: the window is set and nothing else
+    rows: list | None = None  # problems with solutions for stage 1
+
+
+def plan(args, seed, variant=None, start=None, rows=None, **changes):
+    """The run of `rl.py --model ...` for a seed, with changes to its settings; touches no disk.
+
+    Seed 0 lives in --out, as with rl.py's plain command, seed N in out/seedN; a variant in a folder
+    of its own. Flags that eval.py does not know are rl.py's.
     """
     given = {"seed": seed, "out": str(Path(args.out) / (f"seed{seed}" if seed else ""))}
-    given |= {name: getattr(args, name) for name in ("window", "max_new_tokens", "slots", "device")
-              if getattr(args, name)}
-    stage = rl.arguments(["--model", args.model[0], *args.rest], **given | changes)
-    if variant:
-        home = stage_folder(stage, "sft").parent
-        stage.out = str(home / "analysis" / "runs" / variant)
-        folder = stage_folder(stage, "sft")
-        if stage.model == "tiny" and not (folder.parent / "base-wfull").exists():
-            shutil.copytree(home / "base-wfull", folder.parent / "base-wfull")
-        if start and not (folder / "config.json").exists():
-            model = Transformer.from_pretrained(start, window=as_window(stage.window))
-            model.save_pretrained(folder)
-        if rows:  # the name tells other rows, so that a run on other data is not taken for this one
-            text = "".join(json.dumps(row) + "\n" for row in rows)
-            file = folder.parent / f"sft-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(file, lambda f: f.write_text(text))
-            stage.sft_data = str(file)
-    return stage
+    for name in ("window", "max_new_tokens", "slots", "device"):
+        if name in args and getattr(args, name) not in (None, "own"):
+            given[name] = getattr(args, name)
+    if args.window is None:
+        given["window"] = None
+    flags = vars(rl.parser().parse_args(["--model", args.model[0], *args.rest]))
+    settings = RLSettings.of(**flags | given | changes)
+    if not variant:
+        return Planned(settings)
+    home = settings.folder().parent
+    settings = replace(settings, out=str(home / "analysis" / "runs" / variant))
+    if rows:  # the name tells other rows, so that a run on other data is not taken for this one
+        name = f"sft-{hashlib.sha256(as_jsonl(rows).encode()).hexdigest()[:8]}.jsonl"
+        settings = replace(settings, sft_data=str(settings.folder().parent / name))
+    return Planned(settings, home / "base-wfull" if settings.tiny else None, start, rows)
+
+
+def as_jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def prepare(planned):
+    """What a planned run needs on the disk before it can start -> its settings."""
+    settings = planned.settings
+    folder = settings.folder("sft")
+    home = folder.parent
+    if planned.base and not (home / "base-wfull").exists():
+        shutil.copytree(planned.base, home / "base-wfull")
+    if planned.start and not (folder / "config.json").exists():
+        model = Transformer.from_pretrained(planned.start, window=settings.window)
+        model.save_pretrained(folder)
+    if planned.rows:
+        home.mkdir(parents=True, exist_ok=True)
+        write_file(Path(settings.sft_data), lambda f: f.write_text(as_jsonl(planned.rows)))
+    return settings
+
+
+def run_grid(args, table, job=run_arm, workers=None):
+    """{label: f(seed) -> Planned} -> {label: [each seed's results]}; runs that are done are reused.
+    """
+    tasks = [(prepare(planned(seed)),) for planned in table.values() for seed in args.seeds]
+    results = iter(run_all(job, tasks, workers or args.workers))
+    return {label: [next(results) for _ in args.seeds] for label in table}
 
 
 def run_all(job, tasks, workers):
@@ -418,104 +518,92 @@ def run_all(job, tasks, workers):
         return list(pool.map(job, *zip(*tasks)))
 
 
-def arms(args, table, job=run_arm, workers=None):
-    """{label: changes to the recipe, or a function of the seed} -> {label: [each seed's results]}.
-
-    Runs that are done are reused.
-    """
-    tasks = [(recipe(args, seed, **(changes(seed) if callable(changes) else changes)),)
-             for changes in table.values() for seed in args.seeds]
-    results = iter(run_all(job, tasks, workers or args.workers))
-    return {label: [next(results) for _ in args.seeds] for label in table}
-
-
-def run_sft(stage):
+def run_sft(settings):
     """Stage 1 alone, validated."""
-    folder = convert(other_stage(
-        stage, convert_sft.SETTINGS, window=stage.window, instruction=stage.instruction,
-        micro_tokens=stage.micro_tokens, steps=stage.sft_steps, data=stage.sft_data))
-    return {"sft": validate(folder, stage)}
+    return {"sft": validate(convert(settings.stage1()), settings)}
 
 
-def policies(args, seed):
-    """label -> folder of SA and SWA after both stages."""
-    return {f"{kind}-{stage.upper()}": stage_folder(recipe(args, seed, **changes), stage)
-            for stage in ("sft", "rl") for kind, changes in BOTH.items()}
+BOTH = {"SA": {"window": None}, "SWA": {}}
 
 
-BOTH = {"SA": {"window": "full"}, "SWA": {}}
+def both_arms(args):
+    return {arm: partial(plan, args, **changes) for arm, changes in BOTH.items()}
+
+
+def policy(args, seed, label):
+    """The folder of SA-SFT, SWA-SFT, SA-RL or SWA-RL."""
+    arm, stage = label.split("-")
+    return plan(args, seed, **BOTH[arm]).settings.folder(stage.lower())
+
+
+POLICIES = "SA-SFT", "SWA-SFT", "SA-RL", "SWA-RL"
 
 
 def cells(results, stage):
     """One run's results over the seeds -> the cells of a table's row."""
-    found = [r[stage] for r in results]
-    return {name: over_seeds([f[name]["scores"] for f in found]) for name in ("greedy", "T=1")} | {
-        key: mean_of([f["T=1"] for f in found], key)
-        for key in ("length", "truncated", "restatements")}
-
-
-def bars(title, rows, group, by, what="T=1", **more):
-    """A panel out of table rows: a group of bars for each row[group], a colour for each row[by]."""
-    value = {(row[group], row[by]): row[what] for row in rows}
-    x, labels = (list(dict.fromkeys(key[i] for key in value)) for i in (0, 1))
-    series = {label: [value.get((at, label)) for at in x] for label in labels}
-    return {"kind": "bar", "title": title, "x": x, "xlabel": "", "ylabel": f"accuracy, {what}",
-            "series": series, **more}
+    found = [result[stage] for result in results]
+    row = {name: over_seeds([f[name]["scores"] for f in found]) for name in SAMPLINGS}
+    others = [key for key in found[0]["T=1"] if key != "scores"]
+    return row | {key: mean_of([f["T=1"] for f in found], key) for key in others}
 
 
 def windows(args):
     """SA and SWA after SFT and after RL, by window"""
-    sizes = args.windows or [16, 20, 24, 32, "full"]
-    found = arms(args, {w: {"window": w} for w in sizes})
-    rows = [{"model": f"{'SA' if w == 'full' else 'SWA'}-{stage.upper()}", "window": str(w),
-             **cells(found[w], stage)} for w in sizes for stage in ("sft", "rl")]
+    sizes = args.windows or [16, 20, 24, 32, None]
+    found = run_grid(args, {size: partial(plan, args, window=size) for size in sizes})
+    rows = [{"model": f"{'SWA' if size else 'SA'}-{stage.upper()}", "window": str(size or "full"),
+             **cells(found[size], stage)} for size in sizes for stage in ("sft", "rl")]
     lines = {"kind": "line", "xlabel": "window, keys"}
     return rows, {"windows": [
-        bars("accuracy", rows, "window", "model", **lines),
-        bars("length", rows, "window", "model", "length", ylabel="tokens a response", **lines)]}
+        grouped("accuracy", rows, "window", "model", **lines),
+        grouped("length", rows, "window", "model", "length", ylabel="tokens a response", **lines)]}
 
 
 def strategies(args):
     """Ways from SA to SWA, before and after RL (ours: the paper's are unknown)"""
-    plain = recipe(args, args.seeds[0])
-    sa = arms(args, {"SA": {"window": "full", "full_layers": None}})
-    ways = {
-        "none": lambda seed: {"start": policies(args, seed)["SA-SFT"]},
-        "direct": lambda seed: {"variant": None},
-        "shrinking": lambda seed: {"window_from": 4 * plain.window},
-        "1 full layer": lambda seed: {"full_layers": [1]},
-        "2 full layers": lambda seed: {"full_layers": plain.full_layers or [1, 2]},
-        "restate-only": lambda seed: {"rows": tiny_problems(4000, [seed, 4], restate=lambda _: 1)},
-    }
-    if plain.model != "tiny":
-        del ways["restate-only"], ways["1 full layer"]
-        ways["hybrid"] = ways.pop("2 full layers")
-    found = arms(args, {label: lambda seed, label=label, way=way: {
-        "variant": f"strategies/{label}", "full_layers": None, **way(seed)}
-        for label, way in ways.items()}) | sa
+    plain = plan(args, args.seeds[0]).settings
+
+    def way(label, **changes):
+        def planned(seed):
+            given = {name: f(seed) if callable(f) else f for name, f in changes.items()}
+            return plan(args, seed, f"strategies/{label}", **{"full_layers": ()} | given)
+
+        return {label: planned}
+
+    table = way("none", start=lambda seed: policy(args, seed, "SA-SFT"))
+    table |= {"direct": partial(plan, args, full_layers=())}
+    table |= way("shrinking", window_from=4 * plain.window)
+    if plain.tiny:
+        table |= way("1 full layer", full_layers=(1,))
+        table |= way("2 full layers", full_layers=plain.full_layers or (1, 2))
+        table |= way("restate-only", rows=lambda seed: plain.tiny.problems(
+            4000, [seed, 4], restate=lambda rng: 1))
+    else:
+        table |= way("hybrid", full_layers=plain.full_layers or (1, 2))
+    table |= {"SA": partial(plan, args, window=None, full_layers=())}
+    found = run_grid(args, table)
     rows = [{"strategy": label, "stage": f"after {stage.upper()}", **cells(found[label], stage)}
             for label in found for stage in ("sft", "rl")]
-    return rows, {"strategies": [bars("conversion strategies", rows, "strategy", "stage")]}
+    return rows, {"strategies": [grouped("conversion strategies", rows, "strategy", "stage")]}
 
 
 def budgets(args):
     """RL of SA and SWA for equal steps, and SWA's for the time that SA took, one run at a time"""
-    arms(args, BOTH, run_sft)
+    run_grid(args, both_arms(args), run_sft)
     found, logs, hours = {}, {}, {}
     for label in ("SA, equal steps", "SWA, equal steps", "SWA, SA's time"):
-        kind, budget = label.split(", ")
+        arm, budget = label.split(", ")
 
-        def changes(seed, kind=kind, budget=budget):
-            timed = {"hours": hours[seed], "steps": 10**6} if budget == "SA's time" else {}
-            return {"variant": f"budgets/{'time' if timed else 'steps'}", **BOTH[kind],
-                    "start": policies(args, seed)[f"{kind}-SFT"], **timed}
+        def planned(seed, arm=arm, budget=budget):
+            more = {"hours": hours[seed], "steps": 10**6} if budget == "SA's time" else {}
+            start = policy(args, seed, f"{arm}-SFT")
+            return plan(args, seed, f"budgets/{'time' if more else 'steps'}", start,
+                        **BOTH[arm] | more)
 
-        found |= arms(args, {label: changes}, workers=1)
-        for seed in args.seeds:
-            folder = stage_folder(recipe(args, seed, **changes(seed)), "rl")
-            log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-            logs.setdefault(label, []).append([r for r in log if "step" in r])
-            hours.setdefault(seed, logs[label][-1][-1]["elapsed"] / 3600)
+        found |= run_grid(args, {label: planned}, workers=1)
+        logs[label] = [read_log(planned(seed).settings.folder()) for seed in args.seeds]
+        for seed, log in zip(args.seeds, logs[label]):
+            hours.setdefault(seed, log[-1]["elapsed"] / 3600)
     last = {label: [log[-1] for log in logs[label]] for label in logs}
     rows = [{"run": label, "steps": mean_of(last[label], "step"),
              "seconds": mean_of(last[label], "elapsed"), **cells(found[label], "rl")}
@@ -526,18 +614,9 @@ def budgets(args):
         series = {label.split(",")[0]: np.mean([
             np.interp(x, [r[key] for r in log], [r["reward"] for r in log], right=np.nan)
             for log in logs[label]], 0).tolist() for label in list(logs)[:2]}
-        panels.append({"kind": "line", "title": f"by {unit}", "x": x.tolist(), "xlabel": unit,
-                       "ylabel": "mean reward of a step", "series": series})
+        panels.append(Panel("line", f"by {unit}", x.tolist(), series, unit,
+                            "mean reward of a step"))
     return rows, {"budgets": panels}
-
-
-def episodes_of(folder, problems, stage):
-    """One answer at T=1 to each problem."""
-    model = Transformer.from_pretrained(folder, device=pick_device(stage.device))
-    tokenizer = Tokenizer(model.tokenizer_files)
-    questions = [(as_prompt(tokenizer, p["problem"], stage.instruction), p["answer"])
-                 for p in problems]
-    return roll_out(model, tokenizer, questions, 2 * 10**6 + stage.seed, stage, 1.0, f"{folder}:")
 
 
 def length_matched(a, b, bins=10):
@@ -551,106 +630,104 @@ def length_matched(a, b, bins=10):
     return chosen
 
 
-def trajectories(args, seed):
+def solved_by_both(args, seed):
     """Correct answers of SA-RL and SWA-RL to training problems -> {(pairing, teacher): rows}."""
-    stage, n, sides = recipe(args, seed), args.limit or 1200, {}
-    problems = tiny_problems(n, [seed, 13]) if stage.data == "tiny" else [
-        p for p in load_problems(stage.data) if not held_out(p["problem"], rl.HELD_OUT)][:n]
+    settings, by_teacher = plan(args, seed).settings, {}
+    problems = settings.task.some(args.limit or 1200, seed)
     for teacher in BOTH:
-        episodes = episodes_of(policies(args, seed)[f"{teacher}-RL"], problems, stage)
-        sides[teacher] = {i: {**p, "solution": e.text, "tokens": len(e.tokens)}
-                          for i, (p, e) in enumerate(zip(problems, episodes)) if e.reward}
-    both = sides["SA"].keys() & sides["SWA"].keys()
+        episodes = answers(policy(args, seed, f"{teacher}-RL"), problems, settings)
+        by_teacher[teacher] = {
+            i: {**p, "solution": e.text, "tokens": len(e.tokens)}
+            for i, (p, e) in enumerate(zip(problems, episodes)) if e.reward}
+    both = sorted(by_teacher["SA"].keys() & by_teacher["SWA"].keys())
     if not both:
         raise UsageError("no problem was solved by SA-RL and by SWA-RL: give more RL --steps")
-    data = {("paired", t): [side[i] for i in sorted(both)] for t, side in sides.items()}
-    rows = {t: list(side.values()) for t, side in sides.items()}
-    matched = length_matched(*([row["tokens"] for row in side] for side in rows.values()))
-    return data | {("length-matched", t): [rows[t][i] for i in chosen]
-                   for t, chosen in zip(rows, matched)}
+    data = {("paired", t): [solved[i] for i in both] for t, solved in by_teacher.items()}
+    rows = {t: list(solved.values()) for t, solved in by_teacher.items()}
+    matched = length_matched(*([row["tokens"] for row in mine] for mine in rows.values()))
+    for teacher, chosen in zip(rows, matched):
+        data["length-matched", teacher] = [rows[teacher][i] for i in chosen]
+    return data
 
 
 def cross_sft(args):
     """Students of both architectures on correct trajectories of both policies (paper's Table 4)"""
-    arms(args, BOTH)
-    data = run_all(trajectories, [(args, seed) for seed in args.seeds], args.workers)
-    data, table, rows = dict(zip(args.seeds, data)), {}, []
-    short = args.model[0] == "tiny" and "--sft-steps" not in args.rest  # few examples
-    for key in data[args.seeds[0]]:
-        for student, changes in BOTH.items():
-            table[(*key, student)] = lambda seed, key=key, changes=changes: {
-                "variant": f"cross-sft/{'-'.join(key)}", "rows": data[seed][key],
-                **({"sft_steps": 150} if short else {}), **changes}
-    for (pairing, teacher, student), results in arms(args, table, run_sft).items():
+    run_grid(args, both_arms(args))
+    data = run_all(solved_by_both, [(args, seed) for seed in args.seeds], args.workers)
+    data = dict(zip(args.seeds, data))
+    few = plan(args, args.seeds[0]).settings.tiny and "--sft-steps" not in args.rest
+    steps = {"sft_steps": 150} if few else {}  # few examples
+
+    def student_of(pairing, teacher, student):
+        def planned(seed):
+            return plan(args, seed, f"cross-sft/{pairing}-{teacher}", rows=data[seed][pairing,
+                        teacher], **steps | BOTH[student])
+
+        return planned
+
+    labels = [(pairing, teacher, student) for pairing, teacher in data[args.seeds[0]]
+              for student in BOTH]
+    found, rows = run_grid(args, {label: student_of(*label) for label in labels}, run_sft), []
+    for pairing, teacher, student in labels:
         used = [row for mine in data.values() for row in mine[pairing, teacher]]
         rows.append({"problems": pairing, "trajectories": f"{teacher}-RL's", "student": student,
-                     **cells(results, "sft"), "examples": len(used) / len(data),
-                     "their length": mean_of(used, "tokens")})
+                     **cells(found[pairing, teacher, student], "sft"),
+                     "examples": len(used) / len(data), "their length": mean_of(used, "tokens")})
     panels = []
     for pairing in ("paired", "length-matched"):
         mine = [row for row in rows if row["problems"] == pairing]
-        panels.append(bars(f"{pairing}, {mine[0]['examples']:.0f} examples", mine, "trajectories",
-                           "student", xlabel="trained on"))
+        panels.append(grouped(f"{pairing}, {mine[0]['examples']:.0f} examples", mine,
+                              "trajectories", "student", xlabel="trained on"))
     return rows, {"cross-sft": panels}
-
-
-def trajectory_gaps(folder, reference, stage, sizes, args):
-    """One policy's locality: each trajectory's mean gaps by window, and where the gap sits."""
-    stage.validate = args.limit or 256
-    episodes = episodes_of(folder, validation_problems(stage), stage)
-    reference = Transformer.from_pretrained(
-        reference, device=pick_device(stage.device), dtype=torch.float32)
-    tokenizer = Tokenizer(reference.tokenizer_files)
-    found = {"right": [e.reward > 0 for e in episodes], "length": [len(e.tokens) for e in episodes]}
-    for w in sizes:
-        gaps = token_gaps(reference, episodes, w, args.positions)
-        found[w] = [gap.nanmean(1).tolist() for gap in gaps]  # (log-ratio, KL) of each
-        if w == stage.window:
-            tenths = [[part.nanmean().item() for part in gap[1].tensor_split(10)] for gap in gaps]
-            found["tenths"] = np.nanmean(tenths, 0).tolist()
-            found["tokens"] = [
-                [(tokenizer.decode([t], skip_special=False), kl)
-                 for t, kl in zip(e.tokens[:80], gap[1].tolist())] if e.reward else None
-                for e, gap in list(zip(episodes, gaps))[:32]]
-    return found
 
 
 def locality(args):
     """How much trajectories lean on what is beyond a window (our stand-in for Eq. 4)"""
-    main = recipe(args, args.seeds[0]).window
-    sizes = sorted({main, *(args.windows or [8, 12, 16, 20, 24, 32, 48])} - {"full"})
-    if main == "full":
+    W = plan(args, args.seeds[0]).settings.window
+    if W is None:
         raise UsageError("--analysis locality: give --window a number of keys")
-    arms(args, BOTH)
-    labels = list(policies(args, args.seeds[0]))
-    tasks = [(policies(args, seed)[label], policies(args, seed)["SA-SFT"], recipe(args, seed),
-              sizes, args) for label in labels for seed in args.seeds]
-    results = iter(run_all(trajectory_gaps, tasks, args.workers))
-    found = {label: [next(results) for _ in args.seeds] for label in labels}
+    sizes = sorted({W, *(args.windows or [8, 12, 16, 20, 24, 32, 48])} - {None})
+    run_grid(args, both_arms(args))
+    tasks = [(policy(args, seed, label), policy(args, seed, "SA-SFT"), plan(args, seed).settings,
+              sizes, args) for label in POLICIES for seed in args.seeds]
+    results = iter(run_all(trajectories_of, tasks, args.workers))
+    found = {label: [next(results) for _ in args.seeds] for label in POLICIES}
 
-    def gap(label, w, form, of="all", whole=False):
-        return over_seeds([[[pair[form] * (length if whole else 1)] for pair, length, right in
-                            zip(f[w], f["length"], f["right"]) if right or of == "all"]
-                           for f in found[label]])
+    def estimate(label, which, value):
+        return over_seeds([[[value(t)] for t in trajectories if t.correct or which == "all"]
+                           for trajectories in found[label]])
 
-    rows = [{"policy": label, "trajectories": of, "KL a token": gap(label, main, 1, of),
-             "log-ratio a token": gap(label, main, 0, of),
-             "KL a trajectory": gap(label, main, 1, of, whole=True)}
-            for label in labels for of in ("all", "correct")]
-    kl = {"kind": "line", "ylabel": "KL, nats a token"}
-    both = [pair for pair in zip(*(found[label][0]["tokens"] for label in labels[2:])) if all(pair)]
-    example = min(both, key=lambda pair: max(map(len, pair)) == 80, default=([], []))  # a whole one
+    rows = [{"policy": label, "trajectories": which,
+             "KL a token": estimate(label, which, lambda t: t.kl[W]),
+             "log-ratio a token": estimate(label, which, lambda t: t.log_ratio[W]),
+             "KL a trajectory": estimate(label, which, lambda t: t.kl[W] * t.length)}
+            for label in POLICIES for which in ("all", "correct")]
+    by_window = {label: [estimate(label, "correct", lambda t, w=w: t.kl[w]) for w in sizes]
+                 for label in POLICIES}
+    along = {label: np.nanmean([np.nanmean([t.tenths for t in trajectories], 0)
+                                for trajectories in found[label]], 0).tolist()
+             for label in POLICIES}
+    kl = "KL, nats a token"
     return rows, {"locality": [
-        bars(f"window {main}", rows, "policy", "trajectories", "KL a token", ylabel=kl["ylabel"]),
-        {"title": "correct ones, by window", "x": sizes, "xlabel": "window, tokens", **kl,
-         "series": {label: [gap(label, w, 1, "correct") for w in sizes] for label in labels}},
-        {"title": "along the response", "x": list(range(5, 100, 10)), **kl,
-         "xlabel": "% of the response", "series": {
-             label: np.mean([f["tenths"] for f in found[label]], 0).tolist() for label in labels}},
-    ], "locality-tokens": [
-        {"kind": "strip", "title": f"one answer of {label}, window {main}", "xlabel": "",
-         "ylabel": "KL, nats", "x": [token for token, _ in strip],
-         "series": {label: [kl for _, kl in strip]}} for label, strip in zip(labels[2:], example)]}
+        grouped(f"window {W}", rows, "policy", "trajectories", "KL a token", ylabel=kl),
+        Panel("line", "correct ones, by window", sizes, by_window, "window, tokens", kl),
+        Panel("line", "along the response", list(range(5, 100, 10)), along, "% of the response",
+              kl)],
+        "locality-tokens": example_strips(found, W)}
+
+
+def example_strips(found, W):
+    """One problem that SA-RL and SWA-RL both solve, token by token; the shortest if it can be."""
+    labels, kept = ("SA-RL", "SWA-RL"), []
+    for pair in list(zip(*(found[label][0] for label in labels)))[:32]:
+        if all(t.correct for t in pair):
+            kept.append(pair)
+    if not kept:
+        return [Panel("strip", f"no problem was solved by {' and '.join(labels)}", [], {})]
+    pair = min(kept, key=lambda pair: max(len(t.tokens) for t in pair) == 80)  # a whole one
+    return [Panel("strip", f"one answer of {label}, window {W}", [text for text, _ in t.tokens],
+                  {label: [kl for _, kl in t.tokens]}, "", "KL, nats")
+            for label, t in zip(labels, pair)]
 
 
 def reach_example(rng, tokenizer, length, distance, queries=0.0):
@@ -667,73 +744,91 @@ def reach_example(rng, tokenizer, length, distance, queries=0.0):
     return tokens.tolist(), np.where(asked, digit, -1).tolist()
 
 
-def reach_run(folder, stage, full_layers, distances, length, steps=300, batch=32, lr=3e-3, n=500):
+@dataclass
+class Retrieval:
+    """How a model is trained on retrieval, and on how many examples a distance it is tested."""
+
+    steps: int = 300
+    batch: int = 32
+    lr: float = 3e-3
+    n: int = 500
+
+
+def reach_run(folder, settings, full_layers, distances, length, how):
     """Trains on retrieval -> scores (n, 1) at each distance: the tiny model from scratch, a real
-    one from its checkpoint, with stage 1's settings."""
-    if stage.model == "tiny":
-        torch.set_num_threads(1)
-        model = tiny_base(stage.seed)
+    one from its checkpoint."""
+    if settings.tiny:
+        model = untrained(settings.tiny, settings.seed)
     else:
-        sft = other_stage(stage, convert_sft.SETTINGS, steps=stage.sft_steps)
-        steps, batch, lr, n = sft.steps, sft.batch, sft.lr, sft.held_out
-        model = Transformer.from_pretrained(stage.model, dtype=torch.float32)
-    model.config.window, model.config.full_layers = as_window(stage.window), full_layers
-    tokenizer = Tokenizer(model.tokenizer_files)
-    settings = {"stage": "reach", "seed": stage.seed, "steps": steps}
-    trainer = Trainer(model, folder, settings, pick_device(stage.device),
-                      micro_tokens=stage.micro_tokens)
-    if not trainer.done(steps):
-        trainer.begin()
-    while not trainer.done(steps):
-        rng = np.random.default_rng([stage.seed, 14, trainer.step])
-        rows = [dict(zip(("tokens", "targets"), reach_example(
-            rng, tokenizer, length, rng.integers(1, length), queries=0.3))) for _ in range(batch)]
-        asked = sum(t >= 0 for row in rows for t in row["targets"])
-        trainer.update(rows, lambda logprobs, *_, asked=asked: -logprobs.sum() / asked,
-                       schedule(trainer.step, steps, lr, steps // 10, "linear", decay_from=0.6))
-        trainer.log({}, f"reach w={stage.window} step {trainer.step + 1}/{steps}", every=10)
-        if trainer.step == steps or trainer.stopping:
-            trainer.save(final=not trainer.stopping)
-        if trainer.stopping:
-            raise KeyboardInterrupt
-    found, rng = [], np.random.default_rng([stage.seed, 15])
+        model = Transformer.from_pretrained(settings.model, dtype=torch.float32)
+    model.config = replace(model.config, window=settings.window, full_layers=full_layers)
+    tokenizer, device = Tokenizer(model.tokenizer_files), settings.start_device()
+    trainer = Trainer(model, device, settings.micro_tokens)
+    run = Run(replace(settings, save_every=how.steps), folder,
+              {"stage": "reach", "seed": settings.seed, "steps": how.steps})
+    if run.finished(how.steps):
+        trainer.model = model = Transformer.from_pretrained(folder, device=device)
+    else:
+        train_retrieval(run, trainer, tokenizer, length, settings, how)
+    found, rng = [], np.random.default_rng([settings.seed, 15])
     for distance in distances:
-        examples = [reach_example(rng, tokenizer, length, distance) for _ in range(n)]
+        examples = [reach_example(rng, tokenizer, length, distance) for _ in range(how.n)]
         scores = []
-        for part in torch.tensor(examples, device=trainer.device).split(100):
+        for part in torch.tensor(examples, device=device).split(100):
             tokens, targets = part.unbind(1)  # (n, T) each
             with torch.no_grad():
-                right = states(model, tokens)[:, -1:] @ model.lm_head.weight.T
-            scores += (right.argmax(-1) == targets[:, -1:]).int().tolist()
+                guess = model.lm_head(model.states(tokens)[:, -1]).argmax(-1)
+            scores += (guess == targets[:, -1]).int()[:, None].tolist()
         found.append(scores)
     return found
 
 
+def train_retrieval(run, trainer, tokenizer, length, settings, how):
+    run.start(trainer)
+    for step in run.steps(how.steps):
+        rng, rows = np.random.default_rng([settings.seed, 14, step]), []
+        for _ in range(how.batch):
+            distance = rng.integers(1, length)
+            tokens, targets = reach_example(rng, tokenizer, length, distance, queries=0.3)
+            rows.append({"tokens": tokens, "targets": targets})
+        asked = sum(t >= 0 for row in rows for t in row["targets"])
+        lr = schedule(step, how.steps, how.lr, how.steps // 10, "linear", decay_from=0.6)
+        trainer.update(rows, lambda logprobs, _, asked=asked: -logprobs.sum() / asked, lr)
+        run.log({}, f"reach w={settings.window or 'full'} step {step + 1}/{how.steps}", every=10)
+    run.finish()
+
+
 def reach(args):
     """Retrieval at a chosen distance: beyond layers x (window - 1), pure SWA must fail"""
-    config, W = convert_sft.config_of(args.model[0]), args.window or 16
+    config, W = config_of(args.model[0]), 16 if args.window == "own" else args.window
     layers, limit = config.num_hidden_layers, config.max_position_embeddings
-    if W == "full" or W < 3 or layers * (W - 1) + 35 > limit:
+    if W is None or W < 3 or layers * (W - 1) + 35 > limit:
         raise UsageError(f"--analysis reach asks for facts beyond {layers} layers x (window - 1): "
                          f"give a --window from 3 to {(limit - 35) // layers + 1}")
     far, middle = layers * (W - 1), layers // 2
     distances = sorted({W // 2, W - 1, W, 2 * (W - 1), far - 2, far, far + 1, far + 10, far + 30})
-    kinds = {"SA": ("full", ()), f"hybrid, layer {middle} full": (W, (middle,)), "SWA": (W, ())}
-    runs = stage_folder(recipe(args, 0), "sft").parent / "analysis" / "runs" / "reach"
-    tasks = [(runs / f"{label.split(',')[0]}-w{W}-seed{seed}", recipe(args, seed, window=window),
-              full_layers, distances, far + 35)
-             for label, (window, full_layers) in kinds.items() for seed in args.seeds]
+    kinds = {"SA": (None, ()), f"hybrid, layer {middle} full": (W, (middle,)), "SWA": (W, ())}
+    runs, tasks = plan(args, 0).settings.folder().parent / "analysis" / "runs" / "reach", []
+    how = Retrieval()
+    for label, (window, full_layers) in kinds.items():
+        for seed in args.seeds:
+            settings = plan(args, seed, window=window).settings
+            if not settings.tiny:  # stage 1's own settings
+                sft = settings.stage1()
+                how = Retrieval(sft.steps, sft.batch, sft.lr, sft.eval_examples)
+            folder = runs / f"{label.split(',')[0]}-w{W}-seed{seed}"
+            tasks.append((folder, settings, full_layers, distances, far + 35, how))
     results = iter(run_all(reach_run, tasks, args.workers))
     series = {}
     for label in kinds:
-        seeds = [next(results) for _ in args.seeds]
-        series[label] = [over_seeds(scores) for scores in zip(*seeds)]
+        by_distance = zip(*(next(results) for _ in args.seeds))
+        series[label] = [over_seeds(scores) for scores in by_distance]
     rows = [{"distance": d, "where": "window" if d < W else "reach" if d <= far else "beyond",
              **{label: series[label][i] for label in series}} for i, d in enumerate(distances)]
-    return rows, {"reach": [{
-        "kind": "line", "title": f"{layers} layers, window {W}", "x": distances, "series": series,
-        "xlabel": "distance of the fact, tokens", "ylabel": "accuracy (chance: 0.1)",
-        "marks": {W - 1: "window - 1", far: f"{layers} x (window - 1)"}}]}
+    return rows, {"reach": [Panel(
+        "line", f"{layers} layers, window {W}", distances, series,
+        "distance of the fact, tokens", "accuracy (chance: 0.1)",
+        {W - 1: "window - 1", far: f"{layers} x (window - 1)"})]}
 
 
 ANALYSES = {"locality": locality, "cross-sft": cross_sft, "windows": windows,
@@ -742,11 +837,12 @@ ANALYSES = {"locality": locality, "cross-sft": cross_sft, "windows": windows,
 
 def analyse(args):
     """Runs an analysis and writes <out>/<model>/analysis/<name>: .md, .json, .png."""
-    if args.model[0] == "tiny" and args.analysis != "reach":
-        run_all(pretrain_tiny, [(recipe(args, seed),) for seed in args.seeds], args.workers)
+    planned = [plan(args, seed).settings for seed in args.seeds]
+    if planned[0].tiny and args.analysis != "reach":
+        run_all(pretrain, [(settings,) for settings in planned], args.workers)
     rows, pictures = ANALYSES[args.analysis](args)
-    folder = stage_folder(recipe(args, 0), "sft").parent / "analysis"
     title = f"{ANALYSES[args.analysis].__doc__}. Seeds {', '.join(map(str, args.seeds))}."
+    folder = plan(args, 0).settings.folder().parent / "analysis"
     write_report(folder, args.analysis, title, rows, pictures, args)
 
 
@@ -754,97 +850,158 @@ def analyse(args):
 # reports and pictures
 
 
+@dataclass
+class Panel:
+    """A picture's part; a series has a number or an Estimate for each x."""
+
+    kind: str  # bar, line, or strip: tokens with a bar each
+    title: str
+    x: list
+    series: dict  # label: values
+    xlabel: str = ""
+    ylabel: str = ""
+    marks: dict = field(default_factory=dict)  # {x: text} of vertical lines
+
+
+def grouped(title, rows, group, by, what="T=1", kind="bar", xlabel="", ylabel=None):
+    """A panel out of table rows: a place for each row[group], a series for each row[by]."""
+    value = {(row[group], row[by]): row[what] for row in rows}
+    x, labels = (list(dict.fromkeys(key[i] for key in value)) for i in (0, 1))
+    series = {label: [value.get((at, label)) for at in x] for label in labels}
+    return Panel(kind, title, x, series, xlabel, ylabel or f"accuracy, {what}")
+
+
+def write_report(folder, name, title, rows, pictures, args):
+    """Rows (dicts) and pictures {file: panels} -> Markdown, JSON and PNG; prints the table."""
+    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+    caption = (f"{title} {count(value for row in rows for value in row.values())}: bootstrap over "
+               f"seeds, problems and repeats. `{command}`").lstrip()
+    table = "\n".join([*markdown(rows, shown), "", caption, ""])
+    record = {"title": title, "command": command, "rows": rows,
+              **describe_machine(pick_device(args.device))}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / f"{name}.md", lambda f: f.write_text(table))
+    text = json.dumps(record, indent=1, default=asdict)
+    write_file(folder / f"{name}.json", lambda f: f.write_text(text))
+    for file, panels in pictures.items():
+        draw(folder / f"{file}.png", panels)
+    print(f"\n{table}\n{folder / name}.md, .json and {', '.join(f'{p}.png' for p in pictures)}")
+
+
 def shown(value):
     """A table's cell as text."""
-    if isinstance(value, dict):
-        numbers = [value[key] for key in ("mean", "low", "high")]
-        return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*numbers, d=3 if abs(numbers[0]) < 10 else 1)
+    if isinstance(value, Estimate):
+        digits = 3 if abs(value.mean) < 10 else 1
+        return f"{value.mean:.{digits}f} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
     return str(value)
 
 
 def count(values):
-    """The n of cells: `n = 512`."""
-    n = sorted({v["n"] for v in values if isinstance(v, dict)})
-    return f"n = {n[0]}{f' to {n[-1]}' if len(n) > 1 else ''}, 95 % intervals" if n else ""
-
-
-def write_report(folder, name, title, rows, pictures, args):
-    """Rows (dicts) and pictures {file: panels} -> Markdown, JSON and PNG; prints the table."""
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys, ["---"] * len(keys), *([shown(row.get(k, "")) for k in keys] for row in rows)]
-    command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
-    table = "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "",
-                       f"{title} {count(v for row in rows for v in row.values())}: bootstrap over "
-                       f"seeds, problems and repeats. `{command}`".lstrip(), ""])
-    record = {"title": title, "command": command, "rows": rows,
-              **describe_machine(pick_device(args.device))}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / f"{name}.md", lambda f: f.write_text(table))
-    write_file(folder / f"{name}.json", lambda f: f.write_text(json.dumps(record, indent=1)))
-    for file, panels in pictures.items():
-        draw(folder / f"{file}.png", panels)
-    print(f"\n{table}\n{folder / name}.md, .json and {', '.join(f'{p}.png' for p in pictures)}")
+    """The n of estimates: `n = 512`."""
+    n = sorted({value.n for value in values if isinstance(value, Estimate)})
+    if not n:
+        return ""
+    return f"n = {n[0]}{f' to {n[-1]}' if len(n) > 1 else ''}, 95 % intervals"
 
 
 OTHERS = ["#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#F0E442", "#000000"]
 
 
 def draw(path, panels):
-    """Panels of bars or lines side by side, or strips of tokens one above another; 800 px wide."""
-    from matplotlib.figure import Figure  # takes a second
-
-    strips = any(panel["kind"] == "strip" for panel in panels)
-    grid, height = ((len(panels), 1), 1.7 * len(panels)) if strips else ((1, len(panels)), 3.6)
-    figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots(*grid, squeeze=False, sharey=strips)
-    for axis, panel in zip(axes.flat, panels):
-        draw_panel(axis, panel)
+    """Bars or lines side by side, or strips of tokens one above another; 800 points wide."""
+    strips = panels[0].kind == "strip"
+    if strips:
+        figure = new_figure(8, 1.7 * len(panels), layout="constrained")
+        axes = figure.subplots(len(panels), 1, squeeze=False, sharey=True).flat
+    else:
+        figure = new_figure(8, 3.6, layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False).flat
+    for axis, panel in zip(axes, panels):
+        {"bar": draw_bars, "line": draw_lines, "strip": draw_strip}[panel.kind](axis, panel)
+        axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, ylim=(0, None))
+        axis.set_title(panel.title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    labels = [list(panel["series"]) for panel in panels]
-    handles = dict(zip(*axes.flat[0].get_legend_handles_labels()[::-1]))
+    if not strips:
+        draw_legend(figure, axes, panels)
+    values = [value for panel in panels for line in panel.series.values() for value in line]
+    figure.supxlabel(count(values), x=0.99, ha="right", fontsize=7, color="gray")
+    save_figure(figure, path, dpi=200)
+
+
+def draw_legend(figure, axes, panels):
+    """One for all panels where they show the same series, else one each."""
+    labels = [list(panel.series) for panel in panels]
     if len(labels[0]) > 1 and all(mine == labels[0] for mine in labels):
-        figure.legend(handles.values(), handles, loc="outside upper center", ncols=len(handles),
-                      frameon=False, fontsize=9)
-    elif not strips:
-        for axis in axes.flat:
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False,
+                      fontsize=9)
+    else:
+        for axis in axes:
             axis.legend(fontsize=8, frameon=False)
-    figure.supxlabel(count(v for p in panels for s in p["series"].values() for v in s), x=0.99,
-                     ha="right", fontsize=7, color="gray")
-    write_file(path, lambda f: figure.savefig(f, dpi=200, format="png"))
 
 
-def draw_panel(axis, panel):
-    kind, names = panel["kind"], any(isinstance(x, str) for x in panel["x"])
-    at = np.arange(len(panel["x"])) if names or kind == "bar" else np.array(panel["x"], float)
-    for i, (label, values) in enumerate(panel["series"].items()):
-        named = [color for name, color in COLORS.items() if label.startswith(name)]
-        look = {"color": (named or OTHERS[i:])[0], "label": label, "capsize": 2}
-        cells = [v if isinstance(v, dict) else {"mean": np.nan if v is None else v} for v in values]
-        mean = np.array([c["mean"] for c in cells])
-        error = [[abs(c["mean"] - c.get(end, c["mean"])) for c in cells] for end in ("low", "high")]
-        width, shift = 0.8 / len(panel["series"]), 0
-        if kind == "line":
-            few = len(at) < 20
-            look |= {"lw": 4, "ms": 8} if label == "SA" and few else {"lw": 1.5, "ms": 5}  # beneath
-            look |= {"ls": "--", "mfc": "white", "ms": 8} if "SFT" in label else {}
-            axis.errorbar(at, mean, error if few else None, marker="o" if few else None, **look)
-        else:
-            shift = (i + 0.5) * width - 0.4
-            axis.bar(at + shift, mean, 0.94 * width, yerr=error if kind == "bar" else None, **look)
-        for x, c in zip(at, cells):  # each training seed a dot
-            if len(c.get("seeds", [])) > 1:
-                axis.plot([x + shift] * len(c["seeds"]), c["seeds"], "k.", ms=3, alpha=0.5)
+def color_of(label, i):
+    own = [color for name, color in COLORS.items() if label.startswith(name)]
+    return own[0] if own else OTHERS[i]
+
+
+def means_and_errors(values):
+    """Numbers, Estimates or None -> means (n,) and the lengths of the error bars (2, n)."""
+    values = [math.nan if value is None else value for value in values]
+    spans = [(v.mean, v.low, v.high) if isinstance(v, Estimate) else (v, v, v) for v in values]
+    mean, low, high = np.array(spans, float).T
+    return mean, np.abs(np.stack((mean - low, high - mean)))
+
+
+def dot_seeds(axis, at, values):
+    """Each training seed a dot."""
+    for x, value in zip(at, values):
+        if isinstance(value, Estimate) and len(value.seeds) > 1:
+            axis.plot([x] * len(value.seeds), value.seeds, "k.", ms=3, alpha=0.5)
+
+
+def draw_bars(axis, panel):
+    at, width = np.arange(len(panel.x)), 0.8 / len(panel.series)
+    for i, (label, values) in enumerate(panel.series.items()):
+        mean, error = means_and_errors(values)
+        shifted = at + (i + 0.5) * width - 0.4
+        axis.bar(shifted, mean, 0.94 * width, yerr=error, capsize=2, color=color_of(label, i),
+                 label=label)
+        dot_seeds(axis, shifted, values)
+    axis.set_xticks(at, panel.x)
+    axis.tick_params(labelsize=8)
+
+
+def draw_lines(axis, panel):
+    names, few = isinstance(panel.x[-1], str), len(panel.x) < 20
+    at = np.arange(len(panel.x)) if names else np.array(panel.x, float)
+    for i, (label, values) in enumerate(panel.series.items()):
+        mean, error = means_and_errors(values)
+        look = {"lw": 1.5, "ms": 5}
+        if label == "SA" and few:
+            look = {"lw": 4, "ms": 8}  # beneath the others
+        if "SFT" in label:
+            look |= {"ls": "--", "mfc": "white", "ms": 8}
+        axis.errorbar(at, mean, error if few else None, marker="o" if few else None, capsize=2,
+                      color=color_of(label, i), label=label, **look)
+        dot_seeds(axis, at, values)
     if names:
-        ticks = [{"<eos>": "eos", "\\boxed{": "box"}.get(x, x) for x in panel["x"]]
-        axis.set_xticks(at, ticks, **({"fontsize": 6} if kind == "strip" else {}))
-    for x, text in panel.get("marks", {}).items():
+        axis.set_xticks(at, panel.x)
+    for x, text in panel.marks.items():
         axis.axvline(x + 0.5, color="gray", lw=0.8, ls=":")
         axis.text(x + 0.3, 0.05, text, rotation=90, ha="right", color="gray", fontsize=8)
-    axis.set(xlabel=panel["xlabel"], ylabel=panel["ylabel"], ylim=(0, None))
-    axis.set_title(panel["title"], fontsize=10)
-    axis.tick_params(labelsize=8) if kind != "strip" else axis.margins(x=0.01)
+    axis.tick_params(labelsize=8)
+
+
+def draw_strip(axis, panel):
+    at = np.arange(len(panel.x))
+    for i, (label, values) in enumerate(panel.series.items()):
+        axis.bar(at, values, 0.75, color=color_of(label, i), label=label)
+    names = {"<eos>": "eos", "\\boxed{": "box"}
+    axis.set_xticks(at, [names.get(x, x) for x in panel.x], fontsize=6)
+    axis.margins(x=0.01)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -853,9 +1010,9 @@ def draw_panel(axis, panel):
 
 def load(name, args):
     """-> (model, tokenizer), with --window in place of the model's own."""
-    window = as_window(args.window) if args.window else "config"
+    window = "config" if args.window == "own" else args.window
     model = Transformer.from_pretrained(name, window=window, device=pick_device(args.device))
-    if model.config.hidden_size == convert_sft.TINY.hidden_size:
+    if model.config.hidden_size <= 64:
         torch.set_num_threads(1)  # tiny matrices gain nothing from more
     return model, Tokenizer(model.tokenizer_files)
 
@@ -867,15 +1024,11 @@ def benchmark(args):
     for path in args.model:
         model, tokenizer = load(path, args)
         parts = (Path(path).resolve() if Path(path).exists() else Path(path)).parts[-2:]
-        label = "/".join(parts) + (f"@w{args.window}" if args.window else "")
+        label = "/".join(parts)
+        if args.window != "own":
+            label += f"@w{args.window or 'full'}"
         for name in names:
-            own = argparse.Namespace(**vars(args))
-            if args.instruction is None:
-                own.instruction = "" if name == "tiny" else INSTRUCTION
-            longest = max(len(as_prompt(tokenizer, p["problem"], own.instruction))
-                          for p in problems[name])
-            free = min(32768, model.config.max_position_embeddings - longest)
-            own.max_new_tokens = args.max_new_tokens or free
+            own = sampling_of(args, name, problems[name], model, tokenizer)
             keys = ("samples", "temperature", "top_p", "max_new_tokens", "instruction", "seed",
                     "chunk")
             settings = {"model": path, "weights": fingerprint(model), "window": model.config.window,
@@ -883,30 +1036,49 @@ def benchmark(args):
             file = Path(args.out) / "eval" / label / f"{Path(name).stem}.jsonl"
             found[label, name] = answer_benchmark(
                 model, tokenizer, problems[name], file, settings, own)
-    rows, scores = [], {key: scores_of(records) for key, records in found.items()}
-    labels = list(dict.fromkeys(label for label, _ in found))
-    for chosen in [[name] for name in names] + [names] * (len(names) > 1):
+    rows = compare(found, names, f"avg@{args.samples}")
+    first = rows[0]["model"]
+    several = any(row["model"] != first for row in rows)
+    title = f"Difference and p: paired bootstrap against {first}." if several else ""
+    panel = grouped("", rows, "benchmark", "model", f"avg@{args.samples}", ylabel="accuracy")
+    write_report(Path(args.out) / "eval", "results", title, rows, {"results": [panel]}, args)
+
+
+def sampling_of(args, name, problems, model, tokenizer):
+    """The flags, with what they leave open: the instruction, the length and the task."""
+    own = argparse.Namespace(**vars(args))
+    own.task = TASKS.get(name) or Problems(name)
+    if args.instruction is None:
+        own.instruction = "" if name in TASKS else INSTRUCTION
+    longest = max(len(as_prompt(tokenizer, p["problem"], own.instruction)) for p in problems)
+    free = min(32768, model.config.max_position_embeddings - longest)
+    own.max_new_tokens = args.max_new_tokens or free
+    return own
+
+
+def compare(found, names, average):
+    """{(model, benchmark): records} -> rows: each benchmark, then the average of all."""
+    scores = {key: scores_of(records) for key, records in found.items()}
+    labels, rows = list(dict.fromkeys(label for label, _ in found)), []
+    for chosen in [[name] for name in names] + ([names] if len(names) > 1 else []):
         for label in labels:
-            row = {"benchmark": Path(chosen[0]).stem, "model": label}
             first, mine = ([scores[key, name] for name in chosen] for key in (labels[0], label))
+            n = sum(map(len, mine))
             if len(chosen) == 1:
-                row |= measure(found[label, chosen[0]])
+                row = {"benchmark": Path(chosen[0]).stem, "model": label,
+                       **measure(found[label, chosen[0]])}
             else:
-                mean, low, high, _ = paired_bootstrap([0 * x for x in mine], mine)
-                row |= {"benchmark": "average", f"avg@{args.samples}": {
-                    "mean": mean, "low": low, "high": high, "n": sum(map(len, mine))}}
+                *mean, _ = paired_bootstrap([0 * x for x in mine], mine)
+                row = {"benchmark": "average", "model": label, average: Estimate(*mean, n)}
             if label != labels[0]:
-                mean, low, high, p = paired_bootstrap(first, mine)
-                row |= {"difference": {"mean": mean, "low": low, "high": high, "n": 0}, "p": p}
-                row["difference"]["n"] = sum(map(len, mine))
+                *mean, p = paired_bootstrap(first, mine)
+                row |= {"difference": Estimate(*mean, n), "p": p}
             rows.append(row)
-    title = f"Difference and p: paired bootstrap against {labels[0]}." * (len(labels) > 1)
-    write_report(Path(args.out) / "eval", "results", title, rows, {"results": [
-        bars("", rows, "benchmark", "model", f"avg@{args.samples}", ylabel="accuracy")]}, args)
+    return rows
 
 
 def parser():
-    p = convert_sft.FlagParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, epilog=(
+    p = FlagParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, epilog=(
         "With --analysis, rl.py's flags (--steps, --data, ...) are understood too."))
 
     def add(flag, text, default=None, kind=None, **more):
@@ -917,7 +1089,8 @@ def parser():
     # what to do
     p.add_argument("--model", nargs="+", default=[], help="folders or hub ids of models; with "
                    "--analysis tiny, or a base model")
-    add("--benchmarks", f"names with commas out of tiny, {', '.join(BENCHMARKS)}, or JSONL files")
+    names = ", ".join([*TASKS, *BENCHMARKS])
+    add("--benchmarks", f"names with commas out of {names}, or JSONL files")
     add("--prompt", "stream one answer to this")
     add("--regrade", "grade this file of generations again, without a model")
     add("--analysis", "run one of the paper's analyses", choices=ANALYSES)
@@ -929,7 +1102,8 @@ def parser():
         kind=int)
     add("--instruction", "appended to each problem (default: to box the answer; none for tiny and "
         "--prompt)")
-    add("--window", "in place of the model's own: keys, or full", kind=window_arg)
+    p.add_argument("--window", type=window_arg, default="own",
+                   help="in place of the model's own: keys, or full")
     add("--limit", "use the first so many problems", kind=int)
     add("--chunk", "problems between two writes: an interruption loses at most these", 64)
     # analyses
@@ -967,7 +1141,10 @@ def main():
     if args.regrade:
         return regrade(args.regrade)
     print("settings:", json.dumps(vars(args)), flush=True)
-    analyse(args) if args.analysis else benchmark(args)
+    if args.analysis:
+        analyse(args)
+    else:
+        benchmark(args)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""The model: config, transformer, ring cache, tokenizer, Hugging Face load/save, generation.
+"""The model: transformer, ring cache, generation, Hugging Face folders, tokenizer.
 
 One decoder-only transformer (RMSNorm, RoPE, grouped-query attention, SwiGLU) covers Qwen2/Qwen2.5,
 Qwen3 and the Llama family, with Hugging Face's parameter names, so that real weights load without
 renaming or permuting. Sliding-window attention (SWA) is one number in the config, `window`; full
-self-attention (SA) is `window=None` on the same code path. The transformer does not know about
-caches: it is handed a function `attend(layer, q, k, v)`, which is swa_attention in training and a
-RingCache's prefill or decode in generation.
+self-attention (SA) is `window=None` on the same code path.
+
+The blocks do not know about windows or caches. They call a function `attend(layer, q, k, v)`, and
+training, prefill and decode differ in that function alone. What it does stands in one class,
+SlidingWindow: to try another attention, replace that class.
 
 Left out on purpose: mixture of experts, dropout, quantisation, tensor parallelism, paged caches (a
 ring has constant size, so there is nothing to page), RoPE scalings other than Llama-3's.
@@ -21,7 +23,8 @@ import re
 import sys
 import time
 import unicodedata
-from dataclasses import dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -43,31 +46,6 @@ from swa_kernel import swa_attention, swa_decode
 # Elements of one chunk of logits: 256 MB in float32, whatever the vocabulary
 LOGITS_PER_CHUNK = 2**26
 PREFILL_TOKENS = 8192  # tokens of one prefill forward; longer prompts go chunk by chunk
-
-
-class UsageError(ValueError):
-    """What the user can mend: the message is one sentence that says how."""
-
-
-def cli(main):
-    """Runs a script's main(); a UsageError or Ctrl-C becomes one sentence on stderr and an exit
-    code."""
-    try:
-        main()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.OutOfMemoryError as error:
-        print("error: out of memory: lower --slots (generation) or --micro-tokens (training), or "
-              f"shorten --max-new-tokens ({str(error).splitlines()[0]})", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-
-
-# --------------------------------------------------------------------------------------------------
-# configuration
 
 
 @dataclass
@@ -111,92 +89,10 @@ class ModelConfig:
         return [None if i in self.full_layers else self.window
                 for i in range(self.num_hidden_layers)]
 
-    @classmethod
-    def from_dict(cls, d):
-        """From a parsed config.json; UsageError names whatever this transformer does not
-        compute."""
-        if d.get("model_type") == "nanoswarr":
-            d = d | {"model_type": d["base_model_type"]}
-        kind = d.get("model_type")
-        if kind not in ("qwen2", "qwen3", *LLAMA_FAMILY):
-            raise UsageError(f"model_type {kind!r} is not supported: use a Qwen2, Qwen2.5, Qwen3, "
-                             "Llama or Mistral checkpoint")
-        unsupported = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": kind == "qwen2",
-                       "partial_rotary_factor": 1.0}
-        for key, computed in unsupported.items():
-            if d.get(key, computed) != computed:
-                raise UsageError(f"config.json says {key}={d[key]!r}, which is not supported here")
-        known = {f.name for f in fields(cls)} - {"extra", "rope_scaling", "window", "full_layers"}
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size",
-                               "num_hidden_layers", "num_attention_heads") if k not in d]
-        if missing:
-            raise UsageError(f"config.json lacks {', '.join(missing)}: "
-                             "it is not a causal language model's")
-        rope = d.get("rope_parameters") or d.get("rope_scaling") or {}  # transformers 5, or before
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type not in ("default", "llama3"):
-            raise UsageError(f"RoPE scaling {rope_type!r} is not supported "
-                             "(default and llama3 are)")
-        derived = {
-            "num_key_value_heads": d.get("num_key_value_heads") or d["num_attention_heads"],
-            "head_dim": d.get("head_dim") or d["hidden_size"] // d["num_attention_heads"],
-            "rope_theta": float(d.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-            "rope_scaling": rope if rope_type == "llama3" else None,
-        }
-        window, full = cls._window_of(d, kind)
-        extra = {k: v for k, v in d.items() if k not in known and k not in WINDOW_KEYS}
-        return cls(**({k: d[k] for k in known if k in d} | derived), window=window,
-                   full_layers=full, extra=extra)
-
-    @staticmethod
-    def _window_of(d, kind):
-        """(window, full layers), by each family's own rule for who slides."""
-        n = d["num_hidden_layers"]
-        if kind == "llama" or (kind.startswith("qwen") and not d.get("use_sliding_window", False)):
-            return None, ()  # Qwen's config names a window that it does not use
-        window = d.get("sliding_window", 4096)
-        if d.get("layer_types"):
-            full = tuple(i for i, t in enumerate(d["layer_types"]) if t == "full_attention")
-        else:
-            full = (tuple(range(min(n, d.get("max_window_layers", 28))))
-                    if kind.startswith("qwen") else ())
-        return (None, ()) if window is None or len(full) == n else (window, full)
-
-    def to_dict(self):
-        """A config.json that transformers and vLLM open with the same window in the same layers."""
-        d = {f.name: getattr(self, f.name) for f in fields(self)}
-        d = d.pop("extra") | {k: v for k, v in d.items()
-                              if k not in ("window", "full_layers", "nope_full")}
-        d["rope_parameters"] = {"rope_type": "default", **(self.rope_scaling or {}),
-                                "rope_theta": self.rope_theta}
-        layer_types = ["full_attention" if w is None else "sliding_attention" for w in self.windows]
-        if self.model_type.startswith("qwen"):
-            d |= {"use_sliding_window": self.window is not None, "sliding_window": self.window,
-                  "max_window_layers": 0 if self.window else self.num_hidden_layers,
-                  "layer_types": layer_types}
-        elif self.window is None:
-            d["model_type"] = "llama"
-        else:  # Llama ignores a window silently; Mistral has the same weights and honours it
-            d |= {"model_type": "ministral" if self.full_layers else "mistral",
-                  "sliding_window": self.window, "layer_types": layer_types}
-        architectures = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", **LLAMA_FAMILY}
-        d["architectures"] = [architectures[d["model_type"]]]
-        if self.nope_full:
-            # Nobody else computes this, so nobody else may open it as something it is not
-            d |= {"nope_full": True, "model_type": "nanoswarr", "base_model_type": d["model_type"]}
-        return d
-
-
-LLAMA_FAMILY = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-                "ministral": "MinistralForCausalLM"}
-WINDOW_KEYS = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
-               "rope_parameters", "architectures", "full_layers", "window", "rope_scaling",
-               "base_model_type")
-
 
 def check_window(window):
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int)
-                               or window < 1):
+    whole = isinstance(window, int) and not isinstance(window, bool)
+    if window is not None and not (whole and window >= 1):
         raise UsageError(f"window {window!r}: give a whole number of keys >= 1, "
                          "or full for full attention")
 
@@ -206,21 +102,31 @@ def check_window(window):
 
 
 def rope_frequencies(config):
-    """Angles per position, (D/2,) float32, half-split convention;
-    Llama-3's scaling where asked for."""
+    """Angles per position, (D/2,) float32, half-split convention; Llama-3's scaling if asked for.
+
+    Source: arXiv 2104.09864; the scaling as in transformers' `rope_type: llama3`.
+    """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float()
     frequency = 1.0 / config.rope_theta ** (exponent / config.head_dim)
     scaling = config.rope_scaling
-    if scaling:
-        factor, low, high = (scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
-        turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched; 1: fast, kept
-        frequency = (1 - smooth) * frequency / factor + smooth * frequency
-    return frequency
+    if not scaling:
+        return frequency
+    factor, low, high = (scaling[k] for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)  # 0: slow, stretched; 1: fast, kept
+    return (1 - smooth) * frequency / factor + smooth * frequency
+
+
+def rope_tables(positions, frequencies, dtype):
+    """positions (B or 1, T) -> cos and sin, each (B or 1, T, 1, D); sin with rotate's signs."""
+    angle = positions[..., None].float() * frequencies  # (B or 1, T, D/2), float32 as transformers
+    cos, sin = angle.cos(), angle.sin()
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+    return cos.to(dtype)[:, :, None], sin.to(dtype)[:, :, None]
 
 
 def rotate(x, rope):
-    """x (B, T, H, D) turned by its positions; rope: cos and sin, (B or 1, T, 1, D), sin signed."""
+    """x (B, T, H, D) turned by its positions."""
     cos, sin = rope
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
@@ -235,10 +141,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    """The projections around an attention that is handed in."""
+
     def __init__(self, config, layer):
         super().__init__()
-        C, D, H, Hkv = (config.hidden_size, config.head_dim, config.num_attention_heads,
-                        config.num_key_value_heads)
+        C, D = config.hidden_size, config.head_dim
+        H, Hkv = config.num_attention_heads, config.num_key_value_heads
         bias = config.model_type == "qwen2"
         self.layer, self.D = layer, D
         self.q_proj = nn.Linear(C, H * D, bias=bias)
@@ -247,11 +155,14 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=False)
         self.q_norm = self.k_norm = None
         if config.model_type == "qwen3":
-            self.q_norm, self.k_norm = (RMSNorm(D, config.rms_norm_eps) for _ in "qk")
+            self.q_norm = RMSNorm(D, config.rms_norm_eps)
+            self.k_norm = RMSNorm(D, config.rms_norm_eps)
 
     def forward(self, x, rope, attend):  # x (B, T, C)
         B, T, _ = x.shape
-        q, k, v = (p(x).view(B, T, -1, self.D) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_proj(x).view(B, T, -1, self.D)  # (B, T, H, D)
+        k = self.k_proj(x).view(B, T, -1, self.D)  # (B, T, Hkv, D)
+        v = self.v_proj(x).view(B, T, -1, self.D)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:  # before the key is cached: a ring slot then never needs its position
@@ -286,8 +197,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. `checkpointing = True` recomputes each block in backward instead of
-    storing it."""
+    """The decoder. `checkpointing = True` recomputes each block in backward, not storing it."""
 
     def __init__(self, config):
         super().__init__()
@@ -313,6 +223,29 @@ class Transformer(nn.Module):
     def dtype(self):
         return self.model.norm.weight.dtype
 
+    def forward(self, tokens, cu_seqlens=None, targets=None, temperature=1.0):
+        """tokens (B, T) -> logits (B, T, V).
+
+        cu_seqlens (N+1,) int32: B is 1 and N rows lie packed one after another.
+        targets (B, T), -1 where nothing is asked: returns instead log p(target) in nats, (B, T)
+        float32 and 0 where not asked, of softmax(logits / temperature).
+        """
+        x = self.states(tokens, cu_seqlens)
+        return self.lm_head(x) if targets is None else self.score(x, targets, temperature)
+
+    def states(self, tokens, cu_seqlens=None):
+        """tokens (B, T) -> the last layer's normalised states (B, T, C), of whole rows."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        if cu_seqlens is not None:
+            row = torch.searchsorted(cu_seqlens, positions, right=True) - 1
+            positions = positions - cu_seqlens[row]
+        attention = attention_layers(self.config)
+
+        def attend(layer, q, k, v):
+            return attention[layer].full(q, k, v, cu_seqlens)
+
+        return self.hidden(tokens, positions[None], attend)
+
     def hidden(self, tokens, positions, attend):
         """tokens (B, T), positions (B or 1, T) -> the last layer's normalised states (B, T, C)."""
         x = self.model.embed_tokens(tokens)
@@ -320,11 +253,7 @@ class Transformer(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.frequencies.device != x.device:
             self.frequencies = self.frequencies.to(x.device)
-        # (B or 1, T, D/2), float32 as in transformers
-        angle = positions[..., None].float() * self.frequencies
-        cos, sin = angle.cos(), angle.sin()
-        rope = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        rope = [t.to(x.dtype)[:, :, None] for t in rope]  # (B or 1, T, 1, D)
+        rope = rope_tables(positions, self.frequencies, x.dtype)
         no_position = self.config.full_layers if self.config.nope_full else ()
         for i, block in enumerate(self.model.layers):
             inputs = x, None if i in no_position else rope, attend
@@ -334,49 +263,34 @@ class Transformer(nn.Module):
                 x = block(*inputs)
         return self.model.norm(x)
 
-    def forward(self, tokens, cu_seqlens=None, targets=None, temperature=1.0):
-        """tokens (B, T) -> logits (B, T, V).
-
-        cu_seqlens (N+1,) int32: B is 1 and N rows lie packed one after another.
-        targets (B, T), -1 where nothing is asked: returns instead log p(target) in nats, (B, T)
-        float32 and 0 where not asked, of softmax(logits / temperature). The logits are made in
-        chunks of tokens, so that a (T, V) matrix never exists: at 32k tokens and 152k words it
-        would take 20 GB.
-        """
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        if cu_seqlens is not None:
-            row = torch.searchsorted(cu_seqlens, positions, right=True) - 1
-            positions = positions - cu_seqlens[row]
-        windows = self.config.windows
-
-        def attend(layer, q, k, v):
-            return swa_attention(q, k, v, windows[layer], cu_seqlens)
-
-        x = self.hidden(tokens, positions[None], attend)
-        return self.lm_head(x) if targets is None else self.score(x, targets, temperature)
-
     def score(self, x, targets, temperature=1.0):
-        """States x (B, T, C), targets (B, T) -> log-probabilities (B, T); see forward."""
+        """States x (B, T, C), targets (B, T) -> log-probabilities (B, T); see forward.
 
-        def chunk(x, target):
+        The logits are made in chunks of tokens and again in the backward, so that a (T, V) matrix
+        never exists: at 32k tokens and 152k words it would take 20 GB.
+        """
+        def chunk_logprobs(x, target):
             logp = log_softmax(self.lm_head(x), temperature)  # (n, V)
             return logp.gather(-1, target[:, None])[:, 0]
 
         asked = (targets >= 0).nonzero(as_tuple=True)
         x, target = x[asked], targets[asked]  # (n, C), (n,)
         size = max(1, LOGITS_PER_CHUNK // self.config.vocab_size)
-        parts = [checkpoint(chunk, x[i:i + size], target[i:i + size], use_reentrant=False)
-                 if len(x) > size else chunk(x, target) for i in range(0, max(len(x), 1), size)]
-        logp = torch.zeros(targets.shape, dtype=parts[0].dtype, device=x.device)
-        return logp.index_put(asked, torch.cat(parts))
+        if len(x) <= size:
+            logprobs = chunk_logprobs(x, target)
+        else:
+            logprobs = torch.cat([checkpoint(chunk_logprobs, *part, use_reentrant=False)
+                                  for part in zip(x.split(size), target.split(size))])
+        zeros = torch.zeros(targets.shape, dtype=logprobs.dtype, device=x.device)
+        return zeros.index_put(asked, logprobs)
 
-    # -- Hugging Face folders
+    # -- Hugging Face folders; what they call stands below, in the section of that name
 
     @classmethod
     def from_pretrained(cls, name_or_path, window="config", full_layers="config", device=None,
                         dtype=None):
-        """A Hugging Face folder or hub id -> Transformer; safetensors only, every tensor
-        accounted for.
+        """A Hugging Face folder or hub id -> Transformer; safetensors only, every tensor accounted
+        for.
 
         window: "config" keeps what the folder says (a converted model keeps its window), None is
         full attention, an int that many keys. full_layers: "config", or the layers that stay at
@@ -384,36 +298,20 @@ class Transformer(nn.Module):
         missing or wrong.
         """
         folder = resolve(name_or_path, ["*.json", "*.safetensors", "*.jinja"])
-        d = read_json(folder / "config.json")
-        config = ModelConfig.from_dict(d)
-        if window != "config":
-            config.window = window
-        if full_layers != "config" or config.window is None:
-            config.full_layers = () if full_layers == "config" else tuple(full_layers)
-        config.__post_init__()
+        config = read_config(folder)
+        window = config.window if window == "config" else window
+        if full_layers == "config":
+            full_layers = config.full_layers
+        config = replace(config, window=window, full_layers=() if window is None else full_layers)
         with torch.device("meta"):
             model = cls(config)
         weights = read_weights(folder, dtype, device)
         if config.tie_word_embeddings:
             weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
-        expected = model.state_dict()
-        for what, names in (("lacks", expected.keys() - weights),
-                            ("has unknown", weights.keys() - expected)):
-            if names:
-                raise UsageError(f"{folder} {what} tensors {', '.join(sorted(names)[:3])}"
-                                 f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}: the "
-                                 "weights and config.json do not belong together, or a download "
-                                 "is incomplete")
-        for name, tensor in expected.items():
-            if weights[name].shape != tensor.shape:
-                raise UsageError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, "
-                                 f"config.json asks for {tuple(tensor.shape)}")
+        check_weights(weights, model.state_dict(), folder)
         model.load_state_dict(weights, assign=True)
         model.tie()
-        # config.json may be the only one to name the stop ids
-        names = (*TOKENIZER_FILES, "config.json")
-        model.tokenizer_files = {p.name: p.read_bytes() for p in folder.iterdir()
-                                 if p.name in names}
+        model.tokenizer_files = read_tokenizer_files(folder)
         return model
 
     def save_pretrained(self, folder, weights=None):
@@ -425,44 +323,564 @@ class Transformer(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").unlink(missing_ok=True)
         weights = {k: v.detach().contiguous() for k, v in (weights or self.state_dict()).items()
                    if not (self.config.tie_word_embeddings and k == "lm_head.weight")}
-        dtype = next(iter(weights.values())).dtype
-        config = self.config.to_dict() | {"torch_dtype": str(dtype)[6:]}
-        (folder / "config.json").unlink(missing_ok=True)
         write_file(folder / "model.safetensors", lambda f: save_file(weights, f, {"format": "pt"}))
         for name in TOKENIZER_FILES:
             if name in self.tokenizer_files:
-                write_file(folder / name,
-                           lambda f: f.write_bytes(self.tokenizer_files[name]))
+                write_file(folder / name, lambda f: f.write_bytes(self.tokenizer_files[name]))
+        dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+        config = config_to_json(self.config) | {"torch_dtype": dtype}
         write_file(folder / "config.json", lambda f: f.write_text(json.dumps(config, indent=2)))
 
 
 def log_softmax(logits, temperature=1.0):
     """In float32 at least; temperature 0 means greedy and leaves the distribution as it is."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.log_softmax(logits / temperature if temperature not in (0, 1) else logits, -1)
+    if temperature not in (0, 1):
+        logits = logits / temperature
+    return F.log_softmax(logits, -1)
 
+
+# --------------------------------------------------------------------------------------------------
+# attention and its cache: the seam for other kinds of attention
+
+
+class SlidingWindow:
+    """One layer's attention: over whole rows, over a prompt, and token by token.
+
+    The only place that knows what a layer computes and what it keeps of the past. A kind of
+    attention is a class with these four methods, handed out by attention_layers(); training,
+    generation, the analyses and the memory plan then follow.
+
+    Kept of the past: the last W keys and values, in a ring. With W = 4:
+
+        place              0  1  2  3
+        after 4 tokens     0  1  2  3
+        after 6 tokens     4  5  2  3     position p overwrites p - W, which no later query sees
+    """
+
+    def __init__(self, config, window):
+        self.config, self.window = config, window
+
+    def full(self, q, k, v, cu_seqlens=None):
+        """Whole rows, differentiable. q (B, T, H, D); k, v (B, S, Hkv, D) -> (B, T, H, D)."""
+        return swa_attention(q, k, v, self.window, cu_seqlens)
+
+    def empty_cache(self, slots, length, **kind):
+        """What `slots` sequences of at most `length` tokens need: tensors, the slot first.
+
+        Full attention is the same ring with as many places as the longest sequence has tokens.
+        """
+        places = min(self.window or length, length)
+        shape = slots, places, self.config.num_key_value_heads, self.config.head_dim
+        return torch.zeros(shape, **kind), torch.zeros(shape, **kind)
+
+    def place(self, position, places):
+        """Where in the ring a position lies."""
+        return position % places
+
+    def held(self, position, end, places):
+        """Whether the ring still holds a position when `end` positions are written."""
+        return position >= end - places
+
+    def prefill(self, cache, q, k, v, chunk):
+        """The prompt tokens of a Chunk, packed: q (1, T, H, D) -> (1, T, H, D); fills the cache."""
+        keys, values = cache
+        places = keys.shape[1]
+        if chunk.start == 0:
+            o = self.full(q, k, v, chunk.cu_seqlens)
+        else:  # what the ring holds, oldest first, is joined before anything is overwritten
+            slot, past = chunk.slots[0], torch.arange(chunk.start, device=q.device)
+            past = self.place(past[self.held(past, chunk.start, places)], places)
+            o = self.full(q, torch.cat((keys[slot, past][None], k), 1),
+                          torch.cat((values[slot, past][None], v), 1))
+        last = self.held(chunk.position, chunk.end, places)  # a long prompt leaves its last keys
+        at = chunk.slot[last], self.place(chunk.position[last], places)
+        keys[at], values[at] = k[0, last], v[0, last]
+        return o
+
+    def decode(self, cache, q, k, v, position):
+        """One token in each of the first B slots, at position (B,). q (B, H, D) -> (B, H, D)."""
+        B = len(position)
+        keys, values = (ring[:B] for ring in cache)
+        at = torch.arange(B, device=q.device), self.place(position, keys.shape[1])
+        keys[at], values[at] = k, v
+        return swa_decode(q, keys, values, position)
+
+
+def attention_layers(config):
+    """The attention of each layer: a fork with another kind begins here."""
+    return [SlidingWindow(config, window) for window in config.windows]
+
+
+@dataclass
+class Chunk:
+    """Where the packed tokens of a prefill belong; T tokens of N prompts, or the next T of one."""
+
+    slots: list  # of each prompt
+    start: int  # tokens of the one prompt that are cached already; 0 where there are several
+    cu_seqlens: torch.Tensor  # (N+1,) int32
+    slot: torch.Tensor  # (T,) of each token
+    position: torch.Tensor  # (T,) in its prompt
+    end: torch.Tensor  # (T,) tokens of its prompt that are cached afterwards
+
+
+class Cache:
+    """What up to `slots` running sequences keep of their past, layer by layer.
+
+    Its size is constant from the first token on, so a slot that is free again serves the next
+    prompt as it is: what the last owner left is masked until it is overwritten.
+    """
+
+    def __init__(self, config, slots, length, device=None, dtype=None):
+        self.attention = attention_layers(config)
+        self.layers = [attention.empty_cache(slots, length, device=device, dtype=dtype)
+                       for attention in self.attention]
+
+    @property
+    def nbytes(self):
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    @staticmethod
+    def bytes_per_slot(config, length, dtype):
+        """Bytes of one sequence of at most `length` tokens; nothing is allocated."""
+        return Cache(config, 1, length, "meta", dtype).nbytes
+
+    def prefill(self, slots, lengths, start=0):
+        """-> (attend, positions (1, T)) for packed prompts: lengths[i] tokens go to slots[i].
+
+        start > 0: one prompt only, the next chunk after its first `start` tokens.
+        """
+        device = self.layers[0][0].device
+        lengths = torch.tensor(lengths, device=device)
+        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
+        prompt = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
+        position = start + torch.arange(len(prompt), device=device) - cu_seqlens[prompt]
+        slot = torch.tensor(slots, device=device)[prompt]
+        chunk = Chunk(slots, start, cu_seqlens, slot, position, end=start + lengths[prompt])
+
+        def attend(layer, q, k, v):
+            return self.attention[layer].prefill(self.layers[layer], q, k, v, chunk)
+
+        return attend, position[None]
+
+    def decode(self, position):
+        """-> attend for one token in each of the first B slots, at position (B,)."""
+        def attend(layer, q, k, v):  # q (B, 1, H, D)
+            q, k, v = q[:, 0], k[:, 0], v[:, 0]
+            return self.attention[layer].decode(self.layers[layer], q, k, v, position)[:, None]
+
+        return attend
+
+    def copy(self, source, targets):
+        """One slot's content into others."""
+        for layer in self.layers:
+            for tensor in layer:
+                tensor[targets] = tensor[source].clone()
+
+
+# --------------------------------------------------------------------------------------------------
+# generation
+
+
+@dataclass
+class Rollout:
+    """A sampled answer: .tokens end with a stop id if .finished; .logprobs (nats) are theirs."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), slots=None, seed=None,
+             top_k=0, top_p=1.0, n_ids=None, progress=None, stream=None):
+    """Samples one answer for each of prompts (lists of ids) -> list[Rollout], in their order.
+
+    Continuous batching: `slots` sequences run at a time (None: what half of the free memory holds,
+    at most 1024), the next prompt enters as soon as one ends, and equal prompts that enter
+    together share one prefill. temperature 0 is greedy. seed: an int (prompt i then uses seed + i)
+    or one a prompt; an answer depends on its own seed only, exactly so in exact arithmetic (matrix
+    products of another batch size may round differently). top_k and top_p are for evaluation: they
+    bias RL's ratios. progress: a label for a line every ten seconds; stream(i, tokens): called
+    with prompt i's new tokens as they come.
+    """
+    if not prompts or max_new_tokens == 0:
+        return [Rollout(list(p), [], [], False) for p in prompts]
+    longest = check_prompts(model, prompts, max_new_tokens)
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+    slots = min(slots or choose_slots(model, len(prompts), longest + max_new_tokens), len(prompts))
+    decoder = Decoder(model, slots, longest + max_new_tokens, max_new_tokens, temperature, stop_ids,
+                      top_k=top_k, top_p=top_p, n_ids=n_ids)
+    on_gpu = model.device.type == "cuda"
+    waiting = list(range(len(prompts)))[::-1]  # indices of prompts, the next one last
+    owner, done, streamed = {}, {}, {}  # owner: slot -> index; done: index -> Rollout
+    report = Progress(progress, len(prompts), slots)
+    while waiting or owner:
+        # free slots take in the next prompts
+        free = [slot for slot in range(slots) if slot not in owner]
+        entering = {slot: waiting.pop() for slot in free[:len(waiting)]}
+        if entering:
+            owner |= entering
+            decoder.admit({slot: prompts[i] for slot, i in entering.items()},
+                          {slot: seeds[i] for slot, i in entering.items()})
+        # once nobody waits, the last slots move into the holes, so that the batch shrinks
+        running = len(owner)
+        holes = [slot for slot in range(running) if slot not in owner]
+        beyond = [slot for slot in owner if slot >= running]
+        for hole, slot in zip(holes, beyond, strict=True):
+            decoder.move(slot, hole)
+            owner[hole] = owner.pop(slot)
+        # a GPU decodes powers of two, for few graphs, and is asked every eighth step who has ended
+        if on_gpu:
+            batch = min(slots, 1 << (running - 1).bit_length())
+            for _ in range(8):
+                decoder.replay(batch)
+        else:
+            decoder.step(running)
+        # who has ended leaves
+        state = decoder.running
+        alive, made = state.alive[:running].tolist(), state.made[:running].tolist()
+        for slot, i in list(owner.items()):
+            if stream:
+                stream(i, state.tokens[slot, streamed.get(i, 0):made[slot]].tolist())
+                streamed[i] = made[slot]
+            if not alive[slot]:
+                tokens = state.tokens[slot, :made[slot]].tolist()
+                logprobs = state.logprobs[slot, :made[slot]].tolist()
+                done[i] = Rollout(list(prompts[i]), tokens, logprobs, tokens[-1] in stop_ids)
+                del owner[slot]
+        report(done.values(), [made[slot] for slot in owner])
+    return [done[i] for i in range(len(prompts))]
+
+
+def check_prompts(model, prompts, max_new_tokens):
+    """The longest prompt's tokens; UsageError where one is empty or the positions do not do."""
+    if min(map(len, prompts)) == 0:
+        raise UsageError("a prompt is empty: give at least one token")
+    longest, positions = max(map(len, prompts)), model.config.max_position_embeddings
+    if longest + max_new_tokens > positions:
+        raise UsageError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
+                         f"model's {positions} positions: lower --max-new-tokens")
+    return longest
+
+
+def choose_slots(model, n, length):
+    """As many slots as n sequences need and half of the free memory holds; the rest is left for
+    activations."""
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+    elif sys.platform == "linux":
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    else:
+        free = 2**32
+    fitting = int(0.5 * free / Cache.bytes_per_slot(model.config, length, model.dtype))
+    return max(1, min(n, 1024, fitting))
+
+
+class Progress:
+    """A line of a generation every ten seconds."""
+
+    def __init__(self, label, prompts, slots):
+        self.label, self.prompts, self.slots = label, prompts, slots
+        self.began = self.shown = time.time()
+
+    def __call__(self, done, running):
+        """done: rollouts; running: tokens of each sequence so far."""
+        if not self.label or time.time() - self.shown < 10:
+            return
+        self.shown = time.time()
+        tokens = sum(len(rollout.tokens) for rollout in done) + sum(running)
+        print(f"  {self.label} {len(done)}/{self.prompts} "
+              f"| {tokens / (self.shown - self.began):,.0f} tok/s "
+              f"| {len(running)}/{self.slots} slots busy "
+              f"| mean length so far {tokens / (len(done) + len(running)):.0f}", flush=True)
+
+
+@dataclass
+class Running:
+    """The running sequences, one a slot; R slots, at most M new tokens."""
+
+    token: torch.Tensor  # (R,) the next input
+    position: torch.Tensor  # (R,) its position
+    made: torch.Tensor  # (R,) tokens sampled so far
+    alive: torch.Tensor  # (R,) bool
+    uniform: torch.Tensor  # (R, M+1) in [0, 1): a random number a token
+    tokens: torch.Tensor  # (R, M+1) sampled
+    logprobs: torch.Tensor  # (R, M+1) theirs
+
+    @classmethod
+    def empty(cls, slots, new, device):
+        def zeros(*shape, dtype=torch.long):
+            return torch.zeros(shape, device=device, dtype=dtype)
+
+        return cls(zeros(slots), zeros(slots), zeros(slots), zeros(slots, dtype=torch.bool),
+                   zeros(slots, new + 1, dtype=torch.float32), zeros(slots, new + 1),
+                   zeros(slots, new + 1, dtype=torch.float32))
+
+    def first(self, n):
+        """Views of the first n slots."""
+        return Running(*(tensor[:n] for tensor in vars(self).values()))
+
+
+class Decoder:
+    """Sequences that run side by side: each owns a slot of the cache and of every tensor here.
+
+    The tensors never move, so that a captured CUDA graph finds them again. A slot whose sequence
+    has ended computes along but changes nothing. Everything is on the device; nothing waits for
+    the host.
+    """
+
+    def __init__(self, model, slots, length, max_new_tokens, temperature=1.0, stop_ids=(),
+                 **truncation):
+        # Blocked anew for each generation, and so never older than the weights
+        self.model, self.temperature, self.truncation = blocked(model), temperature, truncation
+        self.max_new_tokens, self.graphs = max_new_tokens, {}
+        self.cache = Cache(model.config, slots, length, model.device, model.dtype)
+        self.stops = torch.tensor(sorted(stop_ids) or [-1], device=model.device)
+        self.running = Running.empty(slots, max_new_tokens, model.device)
+
+    def admit(self, prompts, seeds):
+        """prompts, seeds: {slot: prompt}, {slot: seed}. Fills the cache with all but each last
+        token: that one is the first step's input, so that a single place samples."""
+        new, sharing = self.running, {}  # equal prompts share one prefill
+        for slot, prompt in prompts.items():
+            new.token[slot], new.position[slot] = prompt[-1], len(prompt) - 1
+            new.made[slot], new.alive[slot] = 0, True
+            generator = torch.Generator().manual_seed(seeds[slot])
+            new.uniform[slot, :-1] = torch.rand(self.max_new_tokens, generator=generator)
+            if len(prompt) > 1:
+                sharing.setdefault(tuple(prompt[:-1]), []).append(slot)
+        together = {}  # whole prompts up to PREFILL_TOKENS; a longer one goes alone, in chunks
+        for prompt, slots in sharing.items():
+            if together and sum(map(len, together)) + len(prompt) > PREFILL_TOKENS:
+                self.prefill(together)
+                together = {}
+            together[prompt] = slots
+        if together:
+            self.prefill(together)
+
+    def prefill(self, prompts):
+        """prompts: {prompt: the slots that begin with it}."""
+        tokens = [token for prompt in prompts for token in prompt]
+        tokens = torch.tensor(tokens, device=self.model.device)[None]  # (1, T)
+        firsts = [slots[0] for slots in prompts.values()]
+        for start in range(0, tokens.shape[1], PREFILL_TOKENS):
+            part = tokens[:, start:start + PREFILL_TOKENS]
+            lengths = [len(p) for p in prompts] if len(prompts) > 1 else [part.shape[1]]
+            attend, position = self.cache.prefill(firsts, lengths, start)
+            self.model.hidden(part, position, attend)
+        for first, *others in prompts.values():
+            if others:
+                self.cache.copy(first, others)
+
+    def move(self, slot, hole):
+        """A running sequence takes the place of one that has ended."""
+        for tensor in vars(self.running).values():
+            tensor[hole] = tensor[slot]
+        self.cache.copy(slot, [hole])
+        self.running.alive[slot] = False
+
+    def step(self, n):
+        """The first n slots each take in one token and sample the next."""
+        now = self.running.first(n)
+        attend = self.cache.decode(now.position)
+        x = self.model.hidden(now.token[:, None], now.position[:, None], attend)  # (n, 1, C)
+        logits = self.model.lm_head(x[:, 0])  # (n, V)
+        at = now.made[:, None]
+        uniform = now.uniform.gather(1, at)[:, 0]
+        token, logprob = sample(logits, uniform, self.temperature, **self.truncation)
+        now.tokens.scatter_(1, at, token[:, None])
+        now.logprobs.scatter_(1, at, logprob[:, None].float())
+        now.token.copy_(token)
+        now.position += now.alive
+        now.made += now.alive
+        now.alive &= (token[:, None] != self.stops).all(-1) & (now.made < self.max_new_tokens)
+
+    def replay(self, n):
+        """step(n) as a CUDA graph: the first step of a size runs as it is and is its warm-up."""
+        if n in self.graphs:
+            return self.graphs[n].replay()
+        self.step(n)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.graphs[n] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[n]):
+                self.step(n)
+
+
+def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, n_ids=None):
+    """logits (B, V), uniform (B,) in [0, 1) -> tokens (B,) and their log-probabilities (B,).
+
+    The inverse of the cumulative distribution at `uniform`: one random number a token, so that a
+    sequence's tokens depend on its own seed alone. The log-probabilities are those of
+    softmax(logits / temperature), untruncated by top_k, top_p and n_ids (ids the tokenizer lacks).
+    """
+    logp = log_softmax(logits, temperature)
+    if temperature == 0:
+        token = logp[:, :n_ids].argmax(-1)
+    else:
+        p = logp[:, :n_ids].exp()
+        if top_k or top_p < 1:
+            p = truncate(p, top_k, top_p)
+        cdf = p.cumsum(-1)
+        height = uniform[:, None].to(cdf) * cdf[:, -1:]  # truncated, p does not sum to 1
+        token = torch.searchsorted(cdf, height, right=True)[:, 0].clamp(max=p.shape[-1] - 1)
+    return token, logp.gather(-1, token[:, None])[:, 0]
+
+
+def truncate(p, top_k, top_p):
+    """p (B, V) with all but the top_k likeliest, or those that make up top_p, set to 0."""
+    ranked, order = p.sort(-1, descending=True)
+    rank = torch.arange(p.shape[-1], device=p.device)
+    mass_before = (ranked.cumsum(-1) - ranked) / ranked.sum(-1, keepdim=True)
+    kept = (mass_before < top_p) & (rank < (top_k or p.shape[-1]))
+    return torch.zeros_like(p).scatter(-1, order, ranked * kept)
+
+
+class BlockedLinear(nn.Module):
+    """A linear layer for a CPU: its matrix in oneDNN's blocked layout."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.bias = None if linear.bias is None else linear.bias.detach()
+        # 16 rows: a usual batch. torch.compile uses the same operators, but needs a compiler
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
+
+    def forward(self, x):
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def blocked(module):
+    """A twin of the module that shares everything but its large matrices on a CPU: blocked.
+
+    A step of decoding on a CPU is a few rows times large matrices; blocked, they take 0.6 of the
+    time. The price is a second copy of the weights for as long as a generation runs.
+    """
+    if isinstance(module, nn.Linear):
+        return BlockedLinear(module) if can_block(module.weight) else module
+    twin = copy.copy(module)
+    twin._modules = {name: blocked(child) for name, child in module._modules.items()}
+    return twin
+
+
+def can_block(weight):
+    if weight.device.type != "cpu" or weight.numel() < 2**16:  # small ones cost more blocked
+        return False
+    avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if not (avx and torch.backends.mkldnn.is_available()):
+        return False
+    return weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+# --------------------------------------------------------------------------------------------------
+# Hugging Face folders
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
                    "special_tokens_map.json", "chat_template.jinja")
+ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+                 "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+                 "ministral": "MinistralForCausalLM"}
+# What config_to_json writes by itself; whatever else a config.json says passes through in `extra`
+OWN_KEYS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
+            "rope_parameters", "architectures", "base_model_type"}
+
+
+def config_from_json(d):
+    """A parsed config.json -> ModelConfig; UsageError names what this transformer cannot do."""
+    if d.get("model_type") == "nanoswarr":
+        d = d | {"model_type": d["base_model_type"]}
+    kind = d.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UsageError(f"model_type {kind!r} is not supported: use a Qwen2, Qwen2.5, Qwen3, "
+                         "Llama or Mistral checkpoint")
+    computed_here = {"hidden_act": "silu", "mlp_bias": False, "attention_bias": kind == "qwen2",
+                     "partial_rotary_factor": 1.0}
+    for key, value in computed_here.items():
+        if d.get(key, value) != value:
+            raise UsageError(f"config.json says {key}={d[key]!r}, which is not supported here")
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+              "num_attention_heads")
+    if missing := [key for key in needed if key not in d]:
+        raise UsageError(f"config.json lacks {', '.join(missing)}: "
+                         "it is not a causal language model's")
+    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}  # transformers 5, or before
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise UsageError(f"RoPE scaling {rope_type!r} is not supported (default and llama3 are)")
+    window, full_layers = window_from_json(d, kind)
+    derived = {
+        "num_key_value_heads": d.get("num_key_value_heads") or d["num_attention_heads"],
+        "head_dim": d.get("head_dim") or d["hidden_size"] // d["num_attention_heads"],
+        "rope_theta": float(d.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+        "rope_scaling": rope if rope_type == "llama3" else None,
+        "window": window, "full_layers": full_layers}
+    names = {f.name for f in fields(ModelConfig)} - {"extra"}
+    plain = {name: d[name] for name in names if name in d}
+    extra = {key: value for key, value in d.items() if key not in names | OWN_KEYS}
+    return ModelConfig(**plain | derived, extra=extra)
+
+
+def window_from_json(d, kind):
+    """(window, full layers), by each family's own rule for who slides."""
+    qwen, n = kind.startswith("qwen"), d["num_hidden_layers"]
+    if kind == "llama" or (qwen and not d.get("use_sliding_window", False)):
+        return None, ()  # Qwen's config names a window that it does not use
+    window, full = d.get("sliding_window", 4096), ()
+    if d.get("layer_types"):
+        full = tuple(i for i, kind in enumerate(d["layer_types"]) if kind == "full_attention")
+    elif qwen:
+        full = tuple(range(min(n, d.get("max_window_layers", 28))))
+    return (None, ()) if window is None or len(full) == n else (window, full)
+
+
+def config_to_json(config):
+    """A config.json that transformers and vLLM open with the same window in the same layers."""
+    ours = {"extra", "window", "full_layers", "nope_full"}
+    d = config.extra | {k: v for k, v in vars(config).items() if k not in ours}
+    d["rope_parameters"] = {"rope_type": "default", **(config.rope_scaling or {}),
+                            "rope_theta": config.rope_theta}
+    layer_types = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+    if config.model_type.startswith("qwen"):
+        d |= {"use_sliding_window": config.window is not None, "sliding_window": config.window,
+              "max_window_layers": 0 if config.window else config.num_hidden_layers,
+              "layer_types": layer_types}
+    elif config.window is None:
+        d["model_type"] = "llama"
+    else:  # Llama ignores a window silently; Mistral has the same weights and honours it
+        d |= {"model_type": "ministral" if config.full_layers else "mistral",
+              "sliding_window": config.window, "layer_types": layer_types}
+    d["architectures"] = [ARCHITECTURES[d["model_type"]]]
+    if config.nope_full:
+        # Nobody else computes this, so nobody else may open it as something it is not
+        d |= {"nope_full": True, "model_type": "nanoswarr", "base_model_type": d["model_type"]}
+    return d
+
+
+def read_config(folder):
+    return config_from_json(read_json(folder / "config.json"))
 
 
 def resolve(name_or_path, patterns):
     """A local folder as it is, or a hub id's snapshot with the files that match `patterns`."""
-    path = Path(name_or_path)
+    path, name = Path(name_or_path), str(name_or_path)
     if path.is_dir():
         return path
-    if (path.exists() or str(name_or_path).count("/") != 1
-            or str(name_or_path).startswith((".", "/", "~"))):
-        raise UsageError(f"{name_or_path} is not a model folder: give a folder with config.json, "
+    if path.exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise UsageError(f"{name} is not a model folder: give a folder with config.json, "
                          "or a Hugging Face id such as Qwen/Qwen2.5-0.5B")
     import huggingface_hub  # a dependency of datasets; imported here since it takes a second
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(name_or_path), allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # network, authorisation, unknown id: many types, one cure
-        raise UsageError(f"{name_or_path} is neither a folder here nor could it be fetched from "
+        raise UsageError(f"{name} is neither a folder here nor could it be fetched from "
                          "the hub: check the name and the connection "
                          f"({type(error).__name__})") from None
 
@@ -479,23 +897,61 @@ def read_json(path):
         raise UsageError(f"{path} is not readable JSON ({error})") from None
 
 
-def read_weights(folder, dtype=None, device=None):
-    """All tensors of a folder's safetensors files, single or sharded; never pickles."""
+def weight_files(folder):
+    """The names of a folder's safetensors files, single or sharded."""
     index = folder / "model.safetensors.index.json"
-    names = (sorted(set(read_json(index)["weight_map"].values())) if index.exists()
-             else ["model.safetensors"])
+    if not index.exists():
+        return ["model.safetensors"]
+    return sorted(set(read_json(index)["weight_map"].values()))
+
+
+def read_weights(folder, dtype=None, device=None):
+    """All tensors of a folder's safetensors files; never pickles."""
     weights = {}
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="pt", device=str(device or "cpu")) as f:
-                weights |= {key: f.get_tensor(key).to(dtype) for key in f.keys()}
-        except FileNotFoundError:
-            raise UsageError(f"{folder} has no {name}: "
-                             "weights load from safetensors only") from None
-        except (SafetensorError, OSError) as error:
-            raise UsageError(f"{folder / name} is damaged or truncated ({error}): "
-                             "fetch it again") from None
+    for name in weight_files(folder):
+        with open_weights(folder, name, device) as f:
+            weights |= {key: f.get_tensor(key).to(dtype) for key in f.keys()}
     return weights
+
+
+def check_readable(folder):
+    """UsageError unless the safetensors files are there and whole; reads their headers only."""
+    for name in weight_files(folder):
+        with open_weights(folder, name):
+            pass
+
+
+@contextmanager
+def open_weights(folder, name, device=None):
+    try:
+        with safe_open(folder / name, framework="pt", device=str(device or "cpu")) as f:
+            yield f
+    except FileNotFoundError:
+        raise UsageError(f"{folder} has no {name}: weights load from safetensors only") from None
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{folder / name} is damaged or truncated ({error}): "
+                         "fetch it again") from None
+
+
+def check_weights(weights, expected, folder):
+    """UsageError unless the weights are those that the model expects, name by name and in shape."""
+    for what, names in (("lacks", expected.keys() - weights.keys()),
+                        ("has unknown", weights.keys() - expected.keys())):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise UsageError(f"{folder} {what} tensors {', '.join(sorted(names)[:3])}{more}: the "
+                             "weights and config.json do not belong together, or a download "
+                             "is incomplete")
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise UsageError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, "
+                             f"config.json asks for {tuple(tensor.shape)}")
+
+
+def read_tokenizer_files(folder):
+    """{name: bytes}; with config.json, which may be the only one to name the stop ids."""
+    names = (*TOKENIZER_FILES, "config.json")
+    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def write_file(path, write):
@@ -620,9 +1076,8 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, name_or_path):
         """From a Hugging Face folder, or by hub id: only the tokenizer's files are fetched."""
-        names = (*TOKENIZER_FILES, "config.json")
-        folder = resolve(name_or_path, names)
-        return cls({n: (folder / n).read_bytes() for n in names if (folder / n).is_file()})
+        folder = resolve(name_or_path, (*TOKENIZER_FILES, "config.json"))
+        return cls(read_tokenizer_files(folder))
 
     def _json(self, name):
         try:
@@ -735,322 +1190,25 @@ class Tokenizer:
 
 
 # --------------------------------------------------------------------------------------------------
-# ring cache
+# the command line, for every script
 
 
-class RingCache:
-    """Keys and values of up to `slots` running sequences, each layer a ring of S positions.
-
-    S is min(window, length) in a sliding layer, `length` (the longest sequence) in a full one: SA
-    is the same code with a longer ring. Position p lies at p % S, keys after RoPE. Memory is
-    constant from the first token on, so a freed slot serves the next prompt as it is; what the
-    last owner left is masked until it is overwritten.
-    """
-
-    def __init__(self, config, slots, length, device=None, dtype=None):
-        sizes = [min(w or length, length) for w in config.windows]
-        self.windows = config.windows
-        self.k, self.v = ([torch.zeros(slots, S, config.num_key_value_heads, config.head_dim,
-                                       device=device, dtype=dtype) for S in sizes] for _ in "kv")
-
-    @staticmethod
-    def bytes_per_slot(config, length, dtype):
-        """Bytes of one sequence's cache."""
-        positions = sum(min(w or length, length) for w in config.windows)
-        return 2 * positions * config.num_key_value_heads * config.head_dim * dtype.itemsize
-
-    def prefill(self, slots, lengths, start=0):
-        """-> attend() for packed prompts: row i has lengths[i] tokens and goes to slots[i].
-
-        start > 0: one row only, the next chunk of a prompt whose first `start` tokens are cached.
-        """
-        device = self.k[0].device
-        lengths = torch.tensor(lengths, device=device)
-        cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).int()
-        row = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-        position = start + torch.arange(len(row), device=device) - cu_seqlens[row]
-        slot, end = torch.tensor(slots, device=device)[row], start + lengths[row]
-
-        def attend(layer, q, k, v):
-            ring_k, ring_v, window = self.k[layer], self.v[layer], self.windows[layer]
-            S = ring_k.shape[1]
-            if start:  # the old keys and the chunk, joined before anything is overwritten
-                old = torch.arange(max(0, start - S), start, device=device) % S
-                o = swa_attention(q, torch.cat((ring_k[slots, old][None], k), 1),
-                                  torch.cat((ring_v[slots, old][None], v), 1), window)
-            else:
-                o = swa_attention(q, k, v, window, cu_seqlens)
-            last = position >= end - S  # a prompt longer than the ring leaves only its last S keys
-            ring_k[slot[last], position[last] % S] = k[0, last]
-            ring_v[slot[last], position[last] % S] = v[0, last]
-            return o
-
-        return attend, position[None]
-
-    def decode(self, position):
-        """-> attend() for one token a row: row i, at position[i] (B,), owns slot i."""
-        B = len(position)
-        rows = torch.arange(B, device=position.device)
-
-        def attend(layer, q, k, v):  # q (B, 1, H, D)
-            ring_k, ring_v = self.k[layer][:B], self.v[layer][:B]
-            slot = position % ring_k.shape[1]
-            ring_k[rows, slot], ring_v[rows, slot] = k[:, 0], v[:, 0]
-            return swa_decode(q[:, 0], ring_k, ring_v, position)[:, None]
-
-        return attend
-
-    def copy(self, source, targets):
-        for ring in self.k + self.v:
-            ring[targets] = ring[source].clone()
+class UsageError(ValueError):
+    """What the user can mend: the message is one sentence that says how."""
 
 
-# --------------------------------------------------------------------------------------------------
-# generation
-
-
-@dataclass
-class Rollout:
-    """A sampled answer: .tokens end with a stop id if .finished;
-    .logprobs (nats) belong to .tokens."""
-
-    prompt: list[int]
-    tokens: list[int]
-    logprobs: list[float]
-    finished: bool
-
-
-def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, n_ids=None):
-    """logits (B, V), uniform (B,) in [0, 1) -> tokens (B,) and their log-probabilities (B,).
-
-    The inverse of the cumulative distribution at `uniform`: one random number a token, so that a
-    sequence's draws depend on its own seed alone. The log-probabilities are those of
-    softmax(logits / temperature), untruncated by top_k, top_p and n_ids (ids the tokenizer lacks).
-    """
-    logp = log_softmax(logits, temperature)
-    if temperature == 0:
-        token = logp[:, :n_ids].argmax(-1)
-    else:
-        p = logp[:, :n_ids].exp()
-        if top_k or top_p < 1:
-            ranked, order = p.sort(-1, descending=True)
-            rank = torch.arange(p.shape[-1], device=p.device)
-            mass_before = (ranked.cumsum(-1) - ranked) / ranked.sum(-1, keepdim=True)
-            ranked = ranked * ((mass_before < top_p) & (rank < (top_k or p.shape[-1])))
-            p = torch.zeros_like(p).scatter(-1, order, ranked)
-        cdf = p.cumsum(-1)
-        token = torch.searchsorted(cdf, uniform[:, None].to(cdf) * cdf[:, -1:], right=True)[:, 0]
-        token = token.clamp(max=p.shape[-1] - 1)
-    return token, logp.gather(-1, token[:, None])[:, 0]
-
-
-def choose_slots(model, n, length):
-    """As many slots as the sequences need and half of the free memory holds (the rest is
-    activations)."""
-    if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
-    elif sys.platform == "linux":
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    else:
-        free = 2**32
-    slot = RingCache.bytes_per_slot(model.config, length, model.dtype)
-    return max(1, min(n, 1024, int(0.5 * free / slot)))
-
-
-class PackedLinear(nn.Module):
-    """A linear layer for a CPU: its matrix in oneDNN's blocked layout."""
-
-    def __init__(self, linear):
-        super().__init__()
-        self.bias = None if linear.bias is None else linear.bias.detach()
-        # 16 rows: a usual batch. torch.compile packs with the same operators, but needs a compiler
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
-
-    def forward(self, x):
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def packed(module):
-    """A twin of the module that shares everything but its large matrices on a CPU: packed.
-
-    A step of decoding on a CPU is a few rows times large matrices; packed, they take 0.6 of the
-    time. The price is a second copy of the weights for as long as a generation runs.
-    """
-    if isinstance(module, nn.Linear):
-        return PackedLinear(module) if can_pack(module.weight) else module
-    twin = copy.copy(module)
-    twin._modules = {name: packed(child) for name, child in module._modules.items()}
-    return twin
-
-
-def can_pack(weight):
-    return (weight.device.type == "cpu" and weight.numel() >= 2**16  # small ones cost more packed
-            and torch.backends.mkldnn.is_available()
-            and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-            and (weight.dtype == torch.float32 or weight.dtype == torch.bfloat16
-                 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-
-
-class Decoder:
-    """The running sequences: row i of every tensor, and slot i of the cache, belong to one of them.
-
-    The tensors never move, so that a captured CUDA graph finds them again. A row whose sequence
-    has ended computes along but changes nothing. Everything here is on the device; nothing waits
-    for the host.
-    """
-
-    def __init__(self, model, slots, length, max_new_tokens, temperature=1.0, stop_ids=(),
-                 **sampling):
-        device = model.device
-        integers = {"device": device, "dtype": torch.long}
-        # Packed anew for each generation, and so never older than the weights
-        self.model, self.temperature, self.sampling = packed(model), temperature, sampling
-        self.max_new_tokens, self.graphs = max_new_tokens, {}
-        self.cache = RingCache(model.config, slots, length, device, model.dtype)
-        self.stops = torch.tensor(sorted(stop_ids) or [-1], device=device)
-        self.rows = {
-            "token": torch.zeros(slots, **integers),  # the next input
-            "position": torch.zeros(slots, **integers),  # its position
-            "made": torch.zeros(slots, **integers),  # tokens sampled so far
-            "alive": torch.zeros(slots, device=device, dtype=torch.bool),
-            # A random number a token
-            "uniform": torch.zeros(slots, max_new_tokens + 1, device=device),
-            "tokens": torch.zeros(slots, max_new_tokens + 1, **integers),
-            "logprobs": torch.zeros(slots, max_new_tokens + 1, device=device),
-        }
-
-    def admit(self, prompts, seeds):
-        """prompts, seeds: {row: prompt}, {row: seed}. Fills the cache with all but each last
-        token: that one is the first step's input, so that a single place samples."""
-        for row, prompt in prompts.items():
-            self.rows["token"][row], self.rows["position"][row] = prompt[-1], len(prompt) - 1
-            generator = torch.Generator().manual_seed(seeds[row])
-            uniform = torch.rand(self.max_new_tokens, generator=generator)
-            self.rows["uniform"][row, :-1] = uniform
-        rows = torch.tensor(list(prompts), device=self.model.device)
-        self.rows["made"][rows], self.rows["alive"][rows] = 0, True
-        sharing = {}  # equal prompts share one prefill
-        for row, prompt in prompts.items():
-            sharing.setdefault(tuple(prompt[:-1]), []).append(row)
-        packed = []  # whole prompts go together up to PREFILL_TOKENS, a longer one alone in chunks
-        for prompt in [p for p in sharing if p]:
-            if packed and sum(map(len, packed)) + len(prompt) > PREFILL_TOKENS:
-                self.prefill(packed, sharing)
-                packed = []
-            packed.append(prompt)
-        if packed:
-            self.prefill(packed, sharing)
-
-    def prefill(self, prompts, sharing):
-        tokens = torch.tensor([t for prompt in prompts for t in prompt],
-                              device=self.model.device)[None]
-        for start in range(0, tokens.shape[1], PREFILL_TOKENS):
-            chunk = tokens[:, start:start + PREFILL_TOKENS]
-            lengths = [len(p) for p in prompts] if len(prompts) > 1 else [chunk.shape[1]]
-            attend, position = self.cache.prefill([sharing[p][0] for p in prompts], lengths, start)
-            self.model.hidden(chunk, position, attend)
-        for prompt in prompts:
-            first, *others = sharing[prompt]
-            if others:
-                self.cache.copy(first, others)
-
-    def move(self, row, hole):
-        """A running row takes the place of one that has ended."""
-        for tensor in self.rows.values():
-            tensor[hole] = tensor[row]
-        self.cache.copy(row, [hole])
-        self.rows["alive"][row] = False
-
-    def step(self, n):
-        """Rows 0 to n - 1 each take in one token and sample the next."""
-        token, position, made, alive, uniform, tokens, logprobs = (
-            t[:n] for t in self.rows.values())
-        x = self.model.hidden(token[:, None], position[:, None], self.cache.decode(position))
-        at = made[:, None]
-        new, logp = sample(self.model.lm_head(x[:, 0]), uniform.gather(1, at)[:, 0],
-                           self.temperature, **self.sampling)
-        tokens.scatter_(1, at, new[:, None])
-        logprobs.scatter_(1, at, logp[:, None].float())
-        token.copy_(new)
-        position += alive
-        made += alive
-        alive &= (new[:, None] != self.stops).all(-1) & (made < self.max_new_tokens)
-
-    def replay(self, n):
-        """step(n) as a CUDA graph: the first step of a size runs as it is and is its warm-up."""
-        if n in self.graphs:
-            return self.graphs[n].replay()
-        self.step(n)
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.graphs[n] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[n]):
-                self.step(n)
-
-
-@torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), slots=None, seed=None,
-             top_k=0, top_p=1.0, n_ids=None, progress=None, stream=None):
-    """Samples one answer for each of prompts (lists of ids) -> list[Rollout], in their order.
-
-    Continuous batching: `slots` sequences run at a time (None: what half of the free memory holds,
-    at most 1024), the next prompt enters as soon as one ends, and equal prompts that enter
-    together share one prefill. temperature 0 is greedy. seed: an int (prompt i then uses seed + i)
-    or one a prompt; an answer depends on its own seed only, exactly so in exact arithmetic (matrix
-    products of another batch size may round differently). top_k and top_p are for evaluation: they
-    bias RL's ratios. progress: a label for a line every ten seconds; stream(i, tokens): called
-    with prompt i's new tokens as they come.
-    """
-    if not prompts or max_new_tokens == 0:
-        return [Rollout(list(p), [], [], False) for p in prompts]
-    longest = max(map(len, prompts))
-    if min(map(len, prompts)) == 0:
-        raise UsageError("a prompt is empty: give at least one token")
-    if longest + max_new_tokens > model.config.max_position_embeddings:
-        raise UsageError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the "
-                         f"model's {model.config.max_position_embeddings} positions: "
-                         "lower --max-new-tokens")
-    if seed is None:
-        seed = int(torch.randint(2**31, ()))
-    seeds = (list(seed) if isinstance(seed, (list, tuple))
-             else [seed + i for i in range(len(prompts))])
-    slots = min(slots or choose_slots(model, len(prompts), longest + max_new_tokens), len(prompts))
-    decoder = Decoder(model, slots, longest + max_new_tokens, max_new_tokens, temperature, stop_ids,
-                      top_k=top_k, top_p=top_p, n_ids=n_ids)
-    rows, on_gpu = decoder.rows, model.device.type == "cuda"
-    waiting, owner, done = list(range(len(prompts)))[::-1], {}, {}  # owner: row -> prompt index
-    streamed, finished_tokens, began = {}, 0, time.time()
-    shown = began
-    while waiting or owner:
-        entering = {row: waiting.pop() for row in range(slots) if row not in owner and waiting}
-        if entering:
-            owner |= entering
-            decoder.admit({r: prompts[i] for r, i in entering.items()},
-                          {r: seeds[i] for r, i in entering.items()})
-        running = len(owner)
-        # Holes only when nobody waits any more: the last rows move up, so that the batch shrinks
-        holes = [row for row in range(running) if row not in owner]
-        for hole, row in zip(holes, [row for row in owner if row >= running], strict=True):
-            decoder.move(row, hole)
-            owner[hole] = owner.pop(row)
-        # Few graphs: powers of two
-        n = min(slots, 1 << (running - 1).bit_length()) if on_gpu else running
-        for _ in range(8 if on_gpu else 1):  # a GPU is asked only every eighth step who has ended
-            decoder.replay(n)
-        alive, made = rows["alive"][:running].tolist(), rows["made"][:running].tolist()
-        for row, i in list(owner.items()):
-            if stream:
-                stream(i, rows["tokens"][row, streamed.get(i, 0):made[row]].tolist())
-                streamed[i] = made[row]
-            if not alive[row]:
-                tokens, logprobs = (rows[k][row, :made[row]].tolist()
-                                    for k in ("tokens", "logprobs"))
-                done[owner.pop(row)] = Rollout(list(prompts[i]), tokens, logprobs,
-                                               tokens[-1] in stop_ids)
-                finished_tokens += len(tokens)
-        if progress and time.time() - shown > 10:
-            shown, total = time.time(), finished_tokens + sum(made[row] for row in owner)
-            print(f"  {progress} {len(done)}/{len(prompts)} "
-                  f"| {total / (shown - began):,.0f} tok/s | {len(owner)}/{slots} slots busy "
-                  f"| mean length so far {total / (len(done) + len(owner)):.0f}", flush=True)
-    return [done[i] for i in range(len(prompts))]
+def cli(main):
+    """Runs a script's main(); what the user can mend, or Ctrl-C, becomes one sentence on stderr and
+    an exit code."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print("error: out of memory: lower --slots (generation) or --micro-tokens (training), or "
+              f"shorten --max-new-tokens ({str(error).splitlines()[0]})", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

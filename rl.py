@@ -2,8 +2,19 @@
 
 SFT data are written for full attention and lean on what a window cannot see. RL trains the model on
 its own trajectories instead, generated under the window it will be used with, so that it keeps the
-ways of working that the window can carry. One step: G answers to each prompt, a reward of 1 for a
-right answer, advantages within the group, one policy-gradient update.
+ways of working that the window can carry. One step, with its shapes (P prompts, G answers each):
+
+    prompts      P lists of ids, each repeated G times     Problems.rl, generate
+    groups       P x G Episodes: tokens, log-probabilities, text, verdict, reward 0 or 1
+    rewards      (P, G) -> advantages (P, G): each reward minus its group's mean
+    rows         one an episode of each group that disagrees: tokens, targets (-1 under the
+                 prompt), advantage, mask and the sampler's log-probabilities a token
+    micro-batch  rows packed one after another: (1, T) tensors and cu_seqlens (N+1,)
+    loss         log-probabilities (1, T) -> the surrogate, summed over T and micro-batches,
+                 divided by the response tokens of the whole batch -> one optimizer step
+
+In the order of the file: GRPO's mathematics, the RL loop, rollouts, validation and the recipe in
+miniature, the command; then, under its own banner, the answer checker.
 
 Left out on purpose: a reference model and KL, a value model, reward models, asynchronous rollouts.
 
@@ -11,22 +22,16 @@ Left out on purpose: a reference model and KL, a value model, reward models, asy
     python rl.py --window 4096          # DeepSeek-R1-Distill-Qwen-1.5B on one GPU
 """
 
-from __future__ import annotations
-
-import argparse
-import atexit
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -35,31 +40,489 @@ import numpy as np
 import sympy
 import torch
 
-import convert_sft
 from convert_sft import (
     COLORS,
     RANK,
     WORLD,
-    FlagParser,
+    Run,
+    Settings,
+    SFTSettings,
     Trainer,
-    add_settings,
     all_sum,
     as_prompt,
-    as_window,
     convert,
-    draw,
-    held_out,
-    load_problems,
+    flags,
     make_row,
-    other_stage,
-    pick_device,
+    markdown,
+    new_figure,
+    pretrain,
     print_plan,
+    print_settings,
+    read_log,
+    save_figure,
     schedule,
-    settle,
-    stage_folder,
-    tiny_problems,
+    setting,
 )
 from model import Rollout, Tokenizer, Transformer, UsageError, cli, generate, read_json, write_file
+
+
+@dataclass
+class RLSettings(Settings):
+    """Stage 2; the settings of stage 1 that it shares go to stage 1 as well."""
+
+    stage = "rl"
+    data: str = setting("BytedTsinghua-SIA/DAPO-Math-17k", "JSONL file or hub id[:config[:split]]")
+    sft_data: str | None = setting(None, "data of stage 1: its own default, or a JSONL file in "
+                                         "--data", free=True)
+    sft_steps: int | None = setting(None, "steps of stage 1, which runs if its checkpoint is "
+                                          "missing: its own default", least=0, free=True)
+    steps: int = setting(500, "RL steps, one rollout batch each", least=0, free=True)
+    hours: float = setting(0.0, "stop after these hours of the run, 0: no limit (for equal-time "
+                                "comparisons)", least=0, free=True)
+    prompts: int = setting(32, "prompts a step")
+    group: int = setting(8, "answers sampled for each prompt, G")
+    max_new_tokens: int = setting(8192, "tokens of a response; a truncated one earns 0")
+    lr: float = setting(1e-6, "learning rate, constant after warm-up")
+    warmup: int = setting(5, "steps of linear warm-up", least=0)
+    temperature: float = setting(1.0, "of sampling and of the policy that is trained; no top-k or "
+                                      "top-p", least=0)
+    updates: int = setting(1, "optimizer updates a rollout batch; the clip wakes above 1")
+    adv_std: bool = setting(False, "divide advantages by the group's standard deviation")
+    min_informative: int = setting(0, "sample up to 3 times more until so many groups disagree",
+                                   least=0)
+    overlong_buffer: int = setting(0, "tokens before the limit in which a soft penalty grows",
+                                   least=0)
+    tis_cap: float = setting(0.0, "truncated importance sampling, such as 2; 0: off", least=0)
+    validate: int = setting(128, "held-out problems for the accuracy before and after RL",
+                            free=True)
+    slots: int | None = setting(None, "sequences that run at a time: what free memory holds",
+                                free=True)
+
+    @classmethod
+    def of(cls, **given):
+        if Path(given.get("data", "")).is_file():
+            given = {"sft_data": given["data"]} | given
+        return super().of(**given)
+
+    def stage1(self):
+        """The settings of stage 1 that belong to these."""
+        own = {"steps": self.sft_steps, "data": self.sft_data}
+        shared = {f.name: getattr(self, f.name) for f in fields(Settings)}
+        return SFTSettings.of(**shared, **{k: v for k, v in own.items() if v is not None})
+
+
+# --------------------------------------------------------------------------------------------------
+# GRPO
+
+
+def group_advantages(rewards, std=False):
+    """rewards (prompts, G) -> advantages (prompts, G): reward minus the group's mean (Dr. GRPO,
+    arXiv 2503.20783); std=True also divides by the group's standard deviation (GRPO, arXiv
+    2402.03300)."""
+    advantages = rewards - rewards.mean(-1, keepdim=True)
+    if std:
+        advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-6)
+    return advantages
+
+
+def grpo_loss(logprobs, old_logprobs, advantages, mask, n_tokens, clip=(0.2, 0.28),
+              rollout_logprobs=None, tis_cap=2.0):
+    """The clipped surrogate (PPO), summed over tokens and divided by n_tokens (DAPO, arXiv
+    2503.14476).
+
+    All tensors have one shape, e.g. (1, T) packed; mask is 1 on response tokens. n_tokens counts
+    the response tokens of the whole batch, over micro-batches and ranks. On the first update of a
+    batch old_logprobs == logprobs, so the ratio is 1 and only its gradient is left.
+    rollout_logprobs: what the sampler said; tokens are then weighted by
+    min(p_old / p_rollout, tis_cap), truncated importance sampling against the mismatch of the bf16
+    rollout copy.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    clipped = ratio.clamp(1 - clip[0], 1 + clip[1])
+    surrogate = torch.minimum(ratio * advantages, clipped * advantages)
+    if rollout_logprobs is not None:
+        surrogate = surrogate * (old_logprobs - rollout_logprobs).exp().clamp(max=tis_cap)
+    return -(surrogate * mask).sum() / n_tokens
+
+
+def overlong_penalty(length, limit, buffer):
+    """DAPO's soft penalty: 0 up to limit - buffer tokens, then linear to -1 at the limit."""
+    return -min(1.0, max(0.0, (length - (limit - buffer)) / buffer)) if buffer else 0.0
+
+
+# --------------------------------------------------------------------------------------------------
+# the RL loop
+
+
+def train_rl(settings, start):
+    """GRPO from the model in folder `start`; returns the run's folder, made now or before."""
+    device = settings.start_device()
+    run = Run(settings)
+    if run.finished(settings.steps, settings.hours):
+        return run.folder
+    model = Transformer.from_pretrained(start, device=device, dtype=torch.float32)
+    if model.config.window != settings.window:
+        raise UsageError(f"{start} has window {model.config.window or 'full'}, not "
+                         f"{settings.window or 'full'}: give its window, or another --out")
+    tokenizer = Tokenizer(model.tokenizer_files)
+    trainer = Trainer(model, device, settings.micro_tokens)
+    sampler = rollout_copy(trainer)
+
+    run.start(trainer)
+    for step in run.steps(settings.steps, settings.hours):
+        began = time.time()
+        refresh(sampler, trainer.model)
+        groups = sample_groups(sampler, tokenizer, step, settings, device)
+        rollout_seconds = time.time() - began
+
+        rewards = rewards_of(groups, settings)  # (P, G)
+        advantages = group_advantages(rewards, settings.adv_std)
+        rows = training_rows(groups, rewards, advantages)
+        total = all_sum(count_up(groups, rewards), device)
+
+        update_began = time.time()
+        lr, norm = schedule(step, settings.steps, settings.lr, settings.warmup), 0.0
+        measured = {"logp_gap": 0.0, "tokens": 0.0}
+        if total["informative"]:
+            norm = update_policy(trainer, rows, total["tokens"], lr, settings, measured)
+        measured = all_sum(measured, device)
+
+        update_seconds, seconds = time.time() - update_began, time.time() - began
+        record = {
+            "reward": total["reward"] / total["episodes"],
+            f"pass@{settings.group}": total["solved"] / total["groups"],
+            "length": total["tokens"] / total["episodes"],
+            "truncated": total["truncated"] / total["episodes"],
+            "entropy": total["surprise"] / total["tokens"],
+            "logp_gap": measured["logp_gap"] / max(measured["tokens"], 1),
+            "grad_norm": norm, "lr": lr,
+            **{name: total[name] for name in ("groups", "informative", *VERDICTS)},
+            "tok_per_s": total["tokens"] / rollout_seconds,
+            "update_tok_per_s": measured["tokens"] / max(update_seconds, 1e-9),
+            "rollout_seconds": rollout_seconds, "update_seconds": update_seconds,
+            "seconds": seconds}
+        run.log(record, f"rl w={settings.window or 'full'} step {step + 1}/{settings.steps} | "
+                        f"reward {record['reward']:.3f} | len {record['length']:.0f} | "
+                        f"ent {record['entropy']:.2f} | norm {norm or 0:.3f} | lr {lr:.1e} | "
+                        f"{seconds:.1f} s | {record['tok_per_s']:,.0f} tok/s"
+                        + " | all agree" * (not total["informative"]))
+        if RANK == 0:
+            show_episodes(run.folder, step, (groups[0][0], groups[-1][-1]), tokenizer)
+    return run.finish()
+
+
+def sample_groups(sampler, tokenizer, step, settings, device):
+    """This rank's groups of a step; with --min-informative more of them (DAPO's dynamic sampling)
+    until enough disagree. A function of the seed and the step, whatever the number of ranks."""
+    groups = []
+    for attempt in range(4):
+        problems = settings.task.rl(settings, step, attempt)
+        rng = np.random.default_rng([settings.seed, 9, step, attempt])
+        seeds = rng.integers(2**62, size=(settings.prompts, settings.group))
+        label = f"step {step + 1}: roll out" if RANK == 0 else None
+        groups += roll_out(sampler, tokenizer, problems[RANK::WORLD], settings.group,
+                           seeds[RANK::WORLD], settings.temperature, settings, label)
+        found = informative(rewards_of(groups, settings)).sum()
+        if all_sum({"informative": found}, device)["informative"] >= settings.min_informative:
+            break
+    return groups
+
+
+def rewards_of(groups, settings):
+    """(P, G): each episode's reward, less the soft penalty for length where it is asked for."""
+    def reward(episode):
+        return episode.reward + overlong_penalty(len(episode.tokens), settings.max_new_tokens,
+                                                 settings.overlong_buffer)
+
+    rewards = [reward(episode) for group in groups for episode in group]
+    return torch.tensor(rewards).view(len(groups), settings.group)
+
+
+def informative(rewards):
+    """Which groups of rewards (P, G) disagree: only these carry a gradient."""
+    return (rewards != rewards[:, :1]).any(-1)
+
+
+def training_rows(groups, rewards, advantages):
+    """A row an episode, in which every response token has the episode's advantage. Groups that
+    agree have advantage 0 throughout: they are left out, but their tokens still count."""
+    rows = []
+    for group, advantage, useful in zip(groups, advantages.tolist(), informative(rewards)):
+        for episode, a in zip(group, advantage):
+            n = len(episode.tokens)
+            if useful:
+                rows.append(make_row(episode.prompt, episode.tokens, advantage=[a] * n,
+                                     mask=[1.0] * n, rollout_logprobs=episode.logprobs))
+    return rows
+
+
+VERDICTS = "correct", "unparsed", "missing"
+
+
+def count_up(groups, rewards):
+    """What a step's record is made of, as sums: ranks add theirs up."""
+    episodes = [episode for group in groups for episode in group]
+    total = {
+        "episodes": len(episodes), "groups": len(groups), "informative": informative(rewards).sum(),
+        "reward": rewards.sum(), "solved": (rewards > 0).any(-1).sum(),
+        "tokens": sum(len(e.tokens) for e in episodes),
+        "truncated": sum(not e.finished for e in episodes),
+        "surprise": -sum(sum(e.logprobs) for e in episodes)}
+    return total | {v: sum(e.verdict == v for e in episodes) for v in VERDICTS}
+
+
+def update_policy(trainer, rows, n_tokens, lr, settings, measured):
+    """The optimizer's steps on a batch of rows -> the last one's gradient norm; adds to `measured`
+    the difference between the sampler's log-probabilities and the trained model's."""
+    def loss_fn(logprobs, micro):
+        old, sampled = micro.get("old_logprobs", logprobs.detach()), micro["rollout_logprobs"]
+        gap = (logprobs.detach() - sampled).abs() * micro["mask"]
+        measured["logp_gap"] += gap.sum().item()
+        measured["tokens"] += micro["mask"].sum().item()
+        return grpo_loss(logprobs, old, micro["advantage"], micro["mask"], n_tokens,
+                         rollout_logprobs=sampled if settings.tis_cap else None,
+                         tis_cap=settings.tis_cap)
+
+    if settings.updates > 1:
+        trainer.add_logprobs(rows, "old_logprobs", settings.temperature)
+    for _ in range(settings.updates):
+        norm = trainer.update(rows, loss_fn, lr, settings.temperature)
+    return norm
+
+
+def show_episodes(folder, step, episodes, tokenizer):
+    """Some of a step's answers, to be read by people."""
+    with open(folder / "episodes.txt", "a", encoding="utf-8") as f:
+        for e in episodes:
+            f.write(f"--- step {step + 1} | reward {e.reward:g} | {e.verdict} | "
+                    f"{len(e.tokens)} tokens\n{tokenizer.decode(e.prompt)}\n>>> {e.text}\n")
+
+
+# --------------------------------------------------------------------------------------------------
+# rollouts
+
+
+@dataclass
+class Episode(Rollout):
+    """A rollout, its text, the checker's verdict on it and the reward."""
+
+    text: str
+    verdict: str
+    reward: float
+
+
+def roll_out(model, tokenizer, problems, samples, seeds, temperature, settings, label=None,
+             **truncation):
+    """Problems -> groups: for each a list of `samples` Episodes.
+
+    seeds: an int, or (problems, samples) of them. settings: its instruction, max_new_tokens, slots
+    and task, whose grader decides; a truncated response earns 0. truncation: top_p, top_k.
+    """
+    prompts = [as_prompt(tokenizer, p["problem"], settings.instruction) for p in problems]
+    prompts = [prompt for prompt in prompts for _ in range(samples)]
+    golds = [p["answer"] for p in problems for _ in range(samples)]
+    seeds = seeds if isinstance(seeds, int) else seeds.flatten().tolist()
+    rollouts = generate(model, prompts, settings.max_new_tokens, temperature, tokenizer.stop_ids,
+                        settings.slots, seeds, n_ids=tokenizer.n_ids, progress=label, **truncation)
+    texts = [tokenizer.decode(rollout.tokens) for rollout in rollouts]
+    verdicts = grade_batch(texts, golds, settings.task.grade or grade)
+    episodes = [Episode(**vars(rollout), text=text, verdict=verdict,
+                        reward=float(verdict == "correct" and rollout.finished))
+                for rollout, text, verdict in zip(rollouts, texts, verdicts)]
+    return [episodes[i:i + samples] for i in range(0, len(episodes), samples)]
+
+
+def rollout_copy(trainer):
+    """The model that generates: on one CPU the trained one itself, else a full copy (bf16 on a
+    GPU)."""
+    if trainer.device.type == "cpu" and WORLD == 1:
+        return trainer.model
+    dtype = torch.bfloat16 if trainer.device.type == "cuda" else torch.float32
+    with trainer.device:
+        return Transformer(trainer.model.config).to(dtype)
+
+
+@torch.no_grad()
+def refresh(sampler, model):
+    """The trained weights into the rollout copy; under FSDP every rank gathers, tensor by
+    tensor."""
+    if sampler is not model:
+        for target, source in zip(sampler.parameters(), model.parameters()):
+            target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
+
+
+# --------------------------------------------------------------------------------------------------
+# validation, and the whole recipe
+
+
+def resample(scores, n=2000, seed=0, stream=0):
+    """scores (P problems, R repeats) -> n bootstrap means: problems drawn by seed, repeats by
+    (seed, stream).
+
+    Two models with one seed and different streams thus draw the same problems: a paired bootstrap.
+    """
+    scores = np.asarray(scores, float)
+    P, R = scores.shape
+    problem = np.random.default_rng([seed, 0]).integers(P, size=(n, P))
+    repeats = np.random.default_rng([seed, 1, stream])
+    return sum(scores[problem, repeats.integers(R, size=(n, P))].mean(1) for _ in range(R)) / R
+
+
+def interval(means, level=0.95):
+    return [float(x) for x in np.quantile(means, [(1 - level) / 2, (1 + level) / 2])]
+
+
+def bootstrap_ci(scores, level=0.95, seed=0):
+    """scores (problems, repeats) -> (mean, low, high): percentile bootstrap over problems and,
+    within each, repeats (the paper's intervals are over 8 to 32 repeats of a benchmark)."""
+    return float(np.mean(scores)), *interval(resample(scores, seed=seed), level)
+
+
+SAMPLINGS = {"greedy": 0.0, "T=1": 1.0}  # name: temperature
+
+
+def validate(folder, settings):
+    """Held-out accuracy of a stage's model, greedy and at T=1, kept in its folder ->
+    {"greedy", "T=1"}: scores (n, 1), mean length in tokens, truncated share, and what the task
+    measures of a response."""
+    path, task = folder / "validation.json", settings.task
+    of = [settings.data, settings.validate, settings.max_new_tokens, settings.seed]
+    if path.exists() and path.stat().st_mtime > (folder / "model.safetensors").stat().st_mtime:
+        found = read_json(path)
+        if found["of"] == of:
+            return found
+    model, tokenizer = open_model(folder, settings)
+    found, problems = {"of": of}, task.validation(settings.validate, settings.seed)
+    for name, temperature in SAMPLINGS.items():
+        groups = roll_out(model, tokenizer, problems, 1, 10**6 + settings.seed, temperature,
+                          settings, f"validate {name}:")
+        episodes = [episode for episode, in groups]
+        found[name] = {"scores": [[int(e.reward)] for e in episodes],
+                       "length": float(np.mean([len(e.tokens) for e in episodes])),
+                       "truncated": float(np.mean([not e.finished for e in episodes]))}
+        for measure, of_text in task.measures.items():
+            found[name][measure] = float(np.mean([of_text(e.text) for e in episodes]))
+    write_file(path, lambda f: f.write_text(json.dumps(found)))
+    return found
+
+
+def open_model(folder, settings):
+    model = Transformer.from_pretrained(folder, device=settings.start_device())
+    return model, Tokenizer(model.tokenizer_files)
+
+
+def run_arm(settings):
+    """Stage 1 if its checkpoint is missing, then stage 2; both validated -> {"sft": ..., "rl":
+    ...}."""
+    sft = settings.folder("sft")
+    if not (sft / "config.json").exists():
+        convert(settings.stage1())
+    before = validate(sft, settings) if RANK == 0 else None
+    rl = train_rl(settings, sft)
+    return {"sft": before, "rl": validate(rl, settings) if RANK == 0 else None}
+
+
+def tiny_recipe(settings):
+    """Both arms, SA (full attention) and SWA, side by side in a process each; then the table and
+    the picture."""
+    began = time.time()
+    if WORLD > 1:
+        raise UsageError("--model tiny compares two arms in a process each: "
+                         "start it without torchrun, or with --window full")
+    pretrain(settings)
+    full = replace(settings, window=None)
+    # A fresh interpreter: a fork would copy threads that run
+    process = multiprocessing.get_context("spawn").Process(target=other_arm, args=(full,))
+    process.start()
+    try:
+        swa = run_arm(settings)
+    except BaseException:
+        process.terminate()  # as gently as Ctrl-C: it saves its step
+        raise
+    finally:
+        process.join()
+    if process.exitcode:
+        raise UsageError("the full-attention arm stopped early (see above): "
+                         "the same command continues")
+    found = {"SA": run_arm(full), "SWA": swa}  # the first is done, and only reports
+    report_recipe(found, settings, time.time() - began)
+
+
+def other_arm(settings):
+    """The other process: it ends with the one that started it, however that ends."""
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    cli(lambda: run_arm(settings))
+
+
+def report_recipe(found, settings, seconds):
+    """found {"SA": {"sft", "rl"}, "SWA": ...} -> the table, the picture, and one line of JSON."""
+    cells, summary, lines = {}, {}, []
+    for arm, stages in found.items():
+        for stage, result in stages.items():
+            cell = {name: bootstrap_ci(result[name]["scores"]) for name in SAMPLINGS}
+            line = {"model": f"{arm}-{stage.upper()}"}
+            line |= {name: "{:.3f} [{:.3f}, {:.3f}]".format(*cell[name]) for name in SAMPLINGS}
+            line["length"] = f"{result['T=1']['length']:.1f}"
+            line |= {m: f"{result['T=1'][m]:.2f}" for m in settings.task.measures}
+            lines.append(line)
+            cells[arm, stage] = cell["T=1"]
+            summary[f"{arm.lower()}_{stage}"] = cell["T=1"][0]
+    print(f"\nheld-out accuracy, n = {settings.validate}, 95 % bootstrap intervals, "
+          f"window {settings.window}, seed {settings.seed}\n")
+    print("\n".join(markdown(lines)))
+    rl = settings.folder()
+    picture = rl.parent / f"recipe-{rl.name.removeprefix('rl-')}.png"
+    logs = {"SA": read_log(replace(settings, window=None).folder()), "SWA": read_log(rl)}
+    draw_recipe(picture, cells, logs, settings)
+    print(f"\npicture: {picture}")
+    print(json.dumps({**summary, "seconds": round(seconds, 1), "seed": settings.seed,
+                      "window": settings.window, "n": settings.validate}))
+
+
+def draw_recipe(path, cells, logs, settings):
+    """Left: accuracy at T=1 after SFT and after RL with intervals; right: reward over RL steps."""
+    figure = new_figure(8, 3.2)
+    bars, curves = figure.subplots(1, 2)
+    labels = {"SA": "SA (full attention)", "SWA": f"SWA (window {settings.window})"}
+    for i, (arm, label) in enumerate(labels.items()):
+        mean, low, high = np.array([cells[arm, stage] for stage in ("sft", "rl")]).T
+        at = np.arange(2) + 0.4 * i - 0.2
+        bars.bar(at, mean, 0.38, yerr=(mean - low, high - mean), capsize=3, color=COLORS[arm],
+                 label=label)
+        for x, value, top in zip(at, mean, high):
+            bars.text(x, top + 0.02, f"{value:.2f}", ha="center", fontsize=8)
+        steps, rewards = zip(*((r["step"], r["reward"]) for r in logs[arm]))
+        curves.plot(steps, rewards, color=COLORS[arm], label=label)
+    bars.set(xticks=[0, 1], xticklabels=["after SFT", "after RL"], ylim=(0, 1.15),
+             ylabel=f"accuracy at T=1 (n={settings.validate})")
+    curves.set(xlabel="RL step", ylabel="mean reward on training prompts", ylim=(0, 1.05))
+    curves.legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"tiny task, seed {settings.seed}, 95 % bootstrap intervals", fontsize=9)
+    save_figure(figure, path)
+
+
+def parser():
+    return flags(RLSettings, __doc__.split("\n\n")[0])
+
+
+def main():
+    settings = RLSettings.of(**vars(parser().parse_args()))
+    if settings.plan:
+        length = settings.max_new_tokens + 1024  # a prompt's share
+        slots = settings.slots or settings.prompts * settings.group
+        return print_plan(settings, length, slots, length)
+    print_settings(settings)
+    if settings.tiny and settings.window:
+        return tiny_recipe(settings)
+    results = run_arm(settings)
+    if RANK == 0:
+        print(json.dumps({stage: bootstrap_ci(found["T=1"]["scores"])
+                          for stage, found in results.items()}))
+
 
 # --------------------------------------------------------------------------------------------------
 # the answer checker
@@ -740,469 +1203,9 @@ def is_correct(response, gold) -> bool:
     return grade(response, gold) == "correct"
 
 
-_POOL, _POOL_LOCK = [], threading.Lock()
-
-
-def grade_batch(responses, golds, processes=4, patience=20.0, grader=grade) -> list[str]:
-    """Verdicts of a batch; a large one in worker processes, from any thread.
-
-    A last line behind the checker's own bounds: a pair whose worker is silent for `patience`
-    seconds, hanging or dead, counts as "timeout", hence wrong, and the workers are replaced.
-    """
-    pairs = list(zip(responses, golds, strict=True))
-    if len(pairs) < 1024 and grader is grade:     # at 0.2 ms each, workers would start too late
-        return list(itertools.starmap(grade, pairs))
-    verdicts = [None] * len(pairs)
-    with _POOL_LOCK:
-        while None in verdicts:
-            if not _POOL:
-                spawn = multiprocessing.get_context("spawn")    # a fork would copy CUDA and threads
-                _POOL.append(spawn.Pool(processes, initializer=grader, initargs=("", "")))
-                atexit.register(_POOL[0].terminate)
-                _POOL[0].apply(len, ("",))      # waits for the imports: they are not a hang
-            results = {k: _POOL[0].apply_async(grader, pairs[k])
-                       for k, verdict in enumerate(verdicts) if verdict is None}
-            for k, result in results.items():   # first in, first out: the one awaited has started
-                try:
-                    verdicts[k] = result.get(patience)
-                except multiprocessing.TimeoutError:
-                    verdicts[k] = "timeout"
-                    _POOL.pop().terminate()
-                    break
-    return verdicts
-
-
-# --------------------------------------------------------------------------------------------------
-# GRPO
-
-
-def group_advantages(rewards, std=False):
-    """rewards (prompts, G) -> advantages (prompts, G): reward minus the group's mean (Dr. GRPO,
-    arXiv 2503.20783); std=True also divides by the group's standard deviation (GRPO, arXiv
-    2402.03300)."""
-    advantages = rewards - rewards.mean(-1, keepdim=True)
-    if std:
-        advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-6)
-    return advantages
-
-
-def grpo_loss(logprobs, old_logprobs, advantages, mask, n_tokens, clip=(0.2, 0.28),
-              rollout_logprobs=None, tis_cap=2.0):
-    """The clipped surrogate (PPO), summed over tokens and divided by n_tokens (DAPO, arXiv
-    2503.14476).
-
-    All tensors have one shape, e.g. (1, T) packed; mask is 1 on response tokens. n_tokens counts
-    the response tokens of the whole batch, over micro-batches and ranks. On the first update of a
-    batch old_logprobs == logprobs, so the ratio is 1 and only its gradient is left.
-    rollout_logprobs: what the sampler said; tokens are then weighted by
-    min(p_old / p_rollout, tis_cap), truncated importance sampling against the mismatch of the bf16
-    rollout copy.
-    """
-    ratio = (logprobs - old_logprobs).exp()
-    surrogate = torch.minimum(ratio * advantages,
-                              ratio.clamp(1 - clip[0], 1 + clip[1]) * advantages)
-    if rollout_logprobs is not None:
-        surrogate = surrogate * (old_logprobs - rollout_logprobs).exp().clamp(max=tis_cap)
-    return -(surrogate * mask).sum() / n_tokens
-
-
-def overlong_penalty(length, limit, buffer):
-    """DAPO's soft penalty: 0 up to limit - buffer tokens, then linear to -1 at the limit."""
-    return -min(1.0, max(0.0, (length - (limit - buffer)) / buffer)) if buffer else 0.0
-
-
-# --------------------------------------------------------------------------------------------------
-# rollouts
-
-
-@dataclass
-class Episode(Rollout):
-    """A rollout, its text, the checker's verdict on it and the reward."""
-
-    text: str
-    verdict: str
-    reward: float
-
-
-def roll_out(model, tokenizer, questions, seeds, args, temperature, label):
-    """questions [(prompt ids, gold)] -> one Episode each; a truncated response earns 0."""
-    rollouts = generate(model, [prompt for prompt, _ in questions], args.max_new_tokens,
-                        temperature, tokenizer.stop_ids, args.slots, seeds, n_ids=tokenizer.n_ids,
-                        progress=label)
-    texts = [tokenizer.decode(r.tokens) for r in rollouts]
-    verdicts = grade_batch(texts, [gold for _, gold in questions])
-    return [Episode(**vars(r), text=text, verdict=verdict,
-                    reward=float(verdict == "correct" and r.finished))
-            for r, text, verdict in zip(rollouts, texts, verdicts)]
-
-
-def rollout_copy(trainer):
-    """The model that generates: on one CPU the trained one itself, else a full copy (bf16 on a
-    GPU)."""
-    if trainer.device.type == "cpu" and WORLD == 1:
-        return trainer.model
-    dtype = torch.bfloat16 if trainer.device.type == "cuda" else torch.float32
-    with trainer.device:
-        return Transformer(trainer.model.config).to(dtype)
-
-
-@torch.no_grad()
-def refresh(copy, model):
-    """The trained weights into the rollout copy; under FSDP every rank gathers, tensor by
-    tensor."""
-    if copy is not model:
-        for target, source in zip(copy.parameters(), model.parameters()):
-            target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
-
-
-# --------------------------------------------------------------------------------------------------
-# the RL run
-
-SETTINGS = {  # flag: (tiny, a real model on a CPU: a rehearsal, a real model on a GPU; what it is)
-    "window": convert_sft.SETTINGS["window"],
-    "steps": (40, 2, 500, "RL steps, one rollout batch each"),
-    "hours": (0.0, 0.0, 0.0,
-              "stop after these hours of the run, 0: no limit (for equal-time comparisons)"),
-    "prompts": (16, 2, 32, "prompts a step"),
-    "group": (8, 4, 8, "answers sampled for each prompt, G"),
-    "max_new_tokens": (140, 128, 8192, "tokens of a response; a truncated one earns 0"),
-    "lr": (7e-4, 1e-6, 1e-6, "learning rate, constant after warm-up"),
-    "warmup": (3, 1, 5, "steps of linear warm-up"),
-    "temperature": (1.0, 1.0, 1.0,
-                    "of sampling and of the policy that is trained; no top-k or top-p"),
-    "updates": (1, 1, 1, "optimizer updates a rollout batch; the clip wakes above 1"),
-    "validate": (512, 4, 128, "held-out problems for the accuracy before and after RL"),
-    "save_every": (1, 1, 1, "steps between checkpoints; kill -9 loses at most these"),
-    "data": ("tiny", "openai/gsm8k:main", "BytedTsinghua-SIA/DAPO-Math-17k",
-             "JSONL file or hub id[:config[:split]]"),
-    "sft_data": convert_sft.SETTINGS["data"][:3] + (
-        "data of stage 1; with a JSONL file in --data, that file",),
-    "sft_steps": convert_sft.SETTINGS["steps"][:3] + (
-        "steps of stage 1, which runs if its checkpoint is missing",),
-    "instruction": convert_sft.SETTINGS["instruction"],
-    "micro_tokens": convert_sft.SETTINGS["micro_tokens"],
-}
-HELD_OUT = 5  # percent of the problems, by a hash: never trained on, used for validation
-
-
-def questions_of_step(args, tokenizer, problems, step, attempt=0):
-    """This rank's ([(prompt, gold)], seeds) of a step, each prompt G times: a function of the seed
-    and the step alone, whatever the number of ranks."""
-    if problems is None:
-        chosen = tiny_problems(args.prompts, [args.seed, 7, step, attempt])
-    else:
-        chosen = draw(problems, (step + attempt * args.steps) * args.prompts, args.prompts,
-                      [args.seed, 8])
-    rng = np.random.default_rng([args.seed, 9, step, attempt])
-    seeds = rng.integers(2**62, size=(args.prompts, args.group))
-    questions = [(as_prompt(tokenizer, p["problem"], args.instruction), p["answer"])
-                 for p in chosen]
-    repeated = [q for q in questions[RANK::WORLD] for _ in range(args.group)]
-    return repeated, seeds[RANK::WORLD].flatten().tolist()
-
-
-def informative(rewards):
-    """Which groups of rewards (prompts, G) disagree: only these carry a gradient."""
-    return (rewards != rewards[:, :1]).any(-1)
-
-
-def train_rl(args, start):
-    """GRPO from the model in folder `start`; returns the run's folder, done already or now."""
-    folder, device, G = stage_folder(args, "rl"), pick_device(args.device), args.group
-    model = Transformer.from_pretrained(start, device=device, dtype=torch.float32)
-    if model.config.window != as_window(args.window):
-        raise UsageError(f"{start} has window {model.config.window}, not {args.window}: "
-                         "give its window, or another --out")
-    tokenizer = Tokenizer(model.tokenizer_files)
-    problems = None if args.data == "tiny" else \
-        [p for p in load_problems(args.data) if not held_out(p["problem"], HELD_OUT)]
-    same = ("window", "prompts", "group", "max_new_tokens", "lr", "warmup", "temperature",
-            "updates", "data", "instruction", "seed", "adv_std", "min_informative",
-            "overlong_buffer", "tis_cap")
-    settings = {"stage": "rl", **{name: getattr(args, name) for name in same}}
-    trainer = Trainer(model, folder, settings, device, micro_tokens=args.micro_tokens,
-                      wandb=args.wandb)
-    sampler = rollout_copy(trainer)
-
-    def out_of_time():
-        return args.hours and trainer.elapsed() > args.hours * 3600
-
-    def sample_step(step, attempt):
-        """Episodes and their rewards (prompts, G)."""
-        label = f"step {step + 1}: roll out" if RANK == 0 else None
-        questions, seeds = questions_of_step(args, tokenizer, problems, step, attempt)
-        episodes = roll_out(sampler, tokenizer, questions, seeds, args, args.temperature, label)
-        penalties = [overlong_penalty(len(e.tokens), args.max_new_tokens, args.overlong_buffer)
-                     for e in episodes]
-        rewards = [e.reward + p for e, p in zip(episodes, penalties)]
-        return episodes, torch.tensor(rewards).view(-1, G)
-
-    if trainer.done(args.steps) or (out_of_time() and trainer.done(1)):
-        return folder
-    trainer.begin()
-    while trainer.step < args.steps:
-        # roll out
-        step, began = trainer.step, time.time()
-        refresh(sampler, trainer.model)
-        episodes, rewards = sample_step(step, 0)
-        # dynamic sampling (DAPO): more prompts until enough groups disagree
-        for attempt in range(1, 4):
-            if all_sum([informative(rewards).sum().item()], device)[0] >= args.min_informative:
-                break
-            more = sample_step(step, attempt)
-            episodes, rewards = episodes + more[0], torch.cat((rewards, more[1]))
-        rollout_seconds = time.time() - began
-
-        # learn: groups that agree have advantage 0 throughout, so they are left out but stay in
-        # n_tokens
-        useful, advantages = informative(rewards), group_advantages(rewards, args.adv_std)
-        rows = [make_row(e.prompt, e.tokens, advantage=[a] * len(e.tokens),
-                         mask=[1.0] * len(e.tokens), rollout_logprobs=e.logprobs)
-                for e, a, u in zip(episodes, advantages.flatten().tolist(),
-                                   useful.repeat_interleave(G)) if u]
-        n_tokens, n_useful = all_sum(
-            [sum(len(e.tokens) for e in episodes), useful.sum().item()], device)
-        sums = {"logp_gap": 0.0, "tokens": 0.0}
-
-        def loss_fn(logprobs, m):
-            old = m.get("old_logprobs", logprobs.detach())
-            sums["logp_gap"] += (
-                (logprobs.detach() - m["rollout_logprobs"]).abs() * m["mask"]).sum().item()
-            sums["tokens"] += m["mask"].sum().item()
-            return grpo_loss(logprobs, old, m["advantage"], m["mask"], n_tokens,
-                             rollout_logprobs=m["rollout_logprobs"] if args.tis_cap else None,
-                             tis_cap=args.tis_cap)
-
-        lr, norm, update_began = schedule(step, args.steps, args.lr, args.warmup), 0.0, time.time()
-        if n_useful and args.updates > 1:
-            trainer.add_logprobs(rows, "old_logprobs", args.temperature)
-        for _ in range(args.updates if n_useful else 0):
-            norm = trainer.update(rows, loss_fn, lr, args.temperature)
-        seconds, update_seconds = time.time() - began, time.time() - update_began
-
-        # log
-        kinds = ("correct", "unparsed", "missing", "timeout")
-        n, groups, reward, truncated, solved, surprise, gap, tokens, *counts = all_sum(
-            [len(episodes), len(rewards), rewards.sum().item(),
-             sum(not e.finished for e in episodes), (rewards > 0).any(-1).sum().item(),
-             -sum(sum(e.logprobs) for e in episodes), *sums.values(),
-             *(sum(e.verdict == k for e in episodes) for k in kinds)], device)
-        record = {
-            "reward": reward / n, f"pass@{G}": solved / groups, "length": n_tokens / n,
-            "truncated": truncated / n, "entropy": surprise / n_tokens,
-            "logp_gap": gap / max(tokens, 1), "grad_norm": norm, "lr": lr,
-            "groups": groups, "informative": n_useful, **dict(zip(kinds, counts)),
-            "tok_per_s": n_tokens / rollout_seconds,
-            "update_tok_per_s": tokens / max(update_seconds, 1e-9),
-            "rollout_seconds": rollout_seconds, "update_seconds": update_seconds,
-            "seconds": seconds}
-        trainer.log(record, f"rl w={args.window} step {step + 1}/{args.steps} | "
-                            f"reward {reward / n:.3f} | len {n_tokens / n:.0f} | "
-                            f"ent {record['entropy']:.2f} | norm {norm or 0:.3f} | lr {lr:.1e} | "
-                            f"{seconds:.1f} s | {record['tok_per_s']:,.0f} tok/s"
-                            + " | all agree" * (not n_useful))
-        if RANK == 0:
-            with open(folder / "episodes.txt", "a", encoding="utf-8") as f:
-                for e in (episodes[0], episodes[-1]):
-                    f.write(f"--- step {step + 1} | reward {e.reward:g} | {e.verdict} | "
-                            f"{len(e.tokens)} tokens\n"
-                            f"{tokenizer.decode(e.prompt)}\n>>> {e.text}\n")
-        last = trainer.step >= args.steps or trainer.agreed(out_of_time())
-        stop = trainer.agreed(trainer.stopping)
-        if last or stop or trainer.step % args.save_every == 0:
-            trainer.save(final=last)
-        if stop and not last:
-            raise KeyboardInterrupt
-        if last:
-            break
-    return folder
-
-
-# --------------------------------------------------------------------------------------------------
-# validation, and the whole recipe
-
-
-def resample(scores, n=2000, seed=0, stream=0):
-    """scores (P problems, R repeats) -> n bootstrap means: problems drawn by seed, repeats by
-    (seed, stream).
-
-    Two models with one seed and different streams thus draw the same problems: a paired bootstrap.
-    """
-    scores = np.asarray(scores, float)
-    P, R = scores.shape
-    problem = np.random.default_rng([seed, 0]).integers(P, size=(n, P))
-    repeats = np.random.default_rng([seed, 1, stream])
-    return sum(scores[problem, repeats.integers(R, size=(n, P))].mean(1) for _ in range(R)) / R
-
-
-def interval(draws, level=0.95):
-    return [float(x) for x in np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])]
-
-
-def bootstrap_ci(scores, level=0.95, seed=0):
-    """scores (problems, repeats) -> (mean, low, high): percentile bootstrap over problems and,
-    within each, repeats (the paper's intervals are over 8 to 32 repeats of a benchmark)."""
-    return float(np.mean(scores)), *interval(resample(scores, seed=seed), level)
-
-
-def validation_problems(args):
-    """Held-out problems: the same before and after RL and for every arm."""
-    if args.data == "tiny":
-        return tiny_problems(args.validate, [args.seed, 10], test=True)
-    problems = [p for p in load_problems(args.data)
-                if held_out(p["problem"], HELD_OUT)][:args.validate]
-    if not problems:
-        raise UsageError(f"--data {args.data} is too small to hold out problems for validation: "
-                         "give more problems")
-    return problems
-
-
-def validate(folder, args):
-    """Held-out accuracy of a stage's model, greedy and at T=1, kept in its folder ->
-    {"greedy", "T=1"}: scores (n, 1), mean length in tokens, truncated share, restatements (opened
-    brackets) a response."""
-    path = folder / "validation.json"
-    of = [args.data, args.validate, args.max_new_tokens, args.seed]
-    if path.exists() and path.stat().st_mtime > (folder / "model.safetensors").stat().st_mtime:
-        found = read_json(path)
-        if found["of"] == of:
-            return found
-    model = Transformer.from_pretrained(folder, device=pick_device(args.device))
-    tokenizer, found = Tokenizer(model.tokenizer_files), {"of": of}
-    questions = [(as_prompt(tokenizer, p["problem"], args.instruction), p["answer"])
-                 for p in validation_problems(args)]
-    for name, temperature in (("greedy", 0.0), ("T=1", 1.0)):
-        episodes = roll_out(model, tokenizer, questions, 10**6 + args.seed, args, temperature,
-                            f"validate {name}:")
-        found[name] = {"scores": [[int(e.reward)] for e in episodes],
-                       "length": float(np.mean([len(e.tokens) for e in episodes])),
-                       "truncated": float(np.mean([not e.finished for e in episodes])),
-                       "restatements": float(np.mean([e.text.count("[") for e in episodes]))}
-    write_file(path, lambda f: f.write_text(json.dumps(found)))
-    return found
-
-
-def run_arm(args):
-    """Stage 1 if its checkpoint is missing, then stage 2; both validated ->
-    {"sft": ..., "rl": ...}."""
-    sft = stage_folder(args, "sft")
-    if not (sft / "config.json").exists():
-        convert(other_stage(args, convert_sft.SETTINGS, window=args.window,
-                            instruction=args.instruction, micro_tokens=args.micro_tokens,
-                            steps=args.sft_steps, data=args.sft_data))
-    before = validate(sft, args) if RANK == 0 else None
-    rl = train_rl(args, sft)
-    return {"sft": before, "rl": validate(rl, args) if RANK == 0 else None}
-
-
-def tiny_recipe(args):
-    """Both arms, SA (window full) and SWA, side by side in a process each; then the table and the
-    picture."""
-    began = time.time()
-    if WORLD > 1:
-        raise UsageError("--model tiny compares two arms in a process each: "
-                         "start it without torchrun, or with --window full")
-    convert_sft.pretrain_tiny(args)
-    sa = subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--window", "full"],
-                          stdin=subprocess.PIPE, env={**os.environ, "NANOSWARR_ARM": "SA"})
-    try:
-        swa = run_arm(args)
-    finally:
-        code = sa.wait()
-    if code:
-        raise UsageError("the full-attention arm stopped early (see above): "
-                         "the same command continues")
-    full = argparse.Namespace(**{**vars(args), "window": "full"})
-    arms = {"SA": {stage: validate(stage_folder(full, stage), full) for stage in ("sft", "rl")},
-            "SWA": swa}
-    cells, summary = {}, {}
-    for arm, stages in arms.items():
-        for stage, found in stages.items():
-            cells[arm, stage] = {t: bootstrap_ci(found[t]["scores"]) for t in ("greedy", "T=1")}
-            summary[f"{arm.lower()}_{stage}"] = cells[arm, stage]["T=1"][0]
-    print(f"\nheld-out accuracy, n = {args.validate}, 95 % bootstrap intervals, "
-          f"window {args.window}, seed {args.seed}\n\n"
-          "| model | greedy | T=1 | length | restatements |\n|---|---|---|---|---|")
-    for (arm, stage), row in cells.items():
-        text = " | ".join("{:.3f} [{:.3f}, {:.3f}]".format(*row[t]) for t in row)
-        t1 = arms[arm][stage]["T=1"]
-        print(f"| {arm}-{stage.upper()} | {text} | {t1['length']:.1f} | {t1['restatements']:.2f} |")
-    picture = Path(args.out) / "tiny" / f"recipe-w{args.window}.png"
-    runs = {"SA": stage_folder(full, "rl"), "SWA": stage_folder(args, "rl")}
-    draw_recipe(picture, cells, runs, args)
-    print(f"\npicture: {picture}")
-    seconds = round(time.time() - began, 1)
-    print(json.dumps({**summary, "seconds": seconds, "seed": args.seed, "window": args.window,
-                      "n": args.validate}))
-
-
-def draw_recipe(path, cells, runs, args):
-    """Left: accuracy at T=1 after SFT and after RL with intervals; right: reward over RL steps."""
-    from matplotlib.figure import Figure  # takes a second
-
-    figure = Figure(figsize=(8, 3.2), layout="tight")
-    bars, curves = figure.subplots(1, 2)
-    for i, arm in enumerate(("SA", "SWA")):
-        color = COLORS[arm]
-        label = "SA (full attention)" if arm == "SA" else f"SWA (window {args.window})"
-        mean, low, high = zip(*(cells[arm, stage]["T=1"] for stage in ("sft", "rl")))
-        x = np.arange(2) + 0.4 * i - 0.2
-        bars.bar(x, mean, 0.38, color=color, label=label,
-                 yerr=np.abs(np.array([low, high]) - mean), capsize=3)
-        for at, value, top in zip(x, mean, high):
-            bars.text(at, top + 0.02, f"{value:.2f}", ha="center", fontsize=8)
-        log = [json.loads(line) for line in (runs[arm] / "log.jsonl").read_text().splitlines()]
-        points = [(r["step"], r["reward"]) for r in log if "reward" in r]
-        curves.plot(*zip(*points), color=color, label=label)
-    bars.set(xticks=[0, 1], xticklabels=["after SFT", "after RL"], ylim=(0, 1.15),
-             ylabel=f"accuracy at T=1 (n={args.validate})")
-    curves.set(xlabel="RL step", ylabel="mean reward on training prompts", ylim=(0, 1.05))
-    curves.legend(loc="lower right", fontsize=8)
-    figure.suptitle(f"tiny task, seed {args.seed}, 95 % bootstrap intervals", fontsize=9)
-    write_file(path, lambda f: figure.savefig(f, dpi=110, format="png"))
-
-
-def parser():
-    parser = FlagParser(description=__doc__.split("\n\n")[0])
-    add_settings(parser, SETTINGS)
-    # alternatives to the defaults
-    parser.add_argument("--adv-std", action="store_true",
-                        help="divide advantages by the group's standard deviation")
-    parser.add_argument("--min-informative", type=int, default=0,
-                        help="sample up to 3 times more until so many groups disagree")
-    parser.add_argument("--overlong-buffer", type=int, default=0,
-                        help="tokens before the limit in which a soft penalty grows")
-    parser.add_argument("--tis-cap", type=float, default=0.0,
-                        help="truncated importance sampling, such as 2; 0: off")
-    parser.add_argument("--slots", type=int,
-                        help="sequences that run at a time (default: what free memory holds)")
-    return parser
-
-
-def arguments(argv=None, **given):
-    """A command line's settled arguments; a JSONL file in --data serves stage 1 too."""
-    args = parser().parse_args(argv)
-    if args.sft_data is None and args.data and Path(args.data).is_file():
-        args.sft_data = args.data
-    return settle(args, SETTINGS, **given)
-
-
-def main():
-    args = arguments()
-    both = args.model == "tiny" and args.window != "full"
-    if "NANOSWARR_ARM" in os.environ:  # started by tiny_recipe: ends with it, however that ends
-        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-    elif RANK == 0 and not args.plan:
-        print("settings:", json.dumps(vars(args)), flush=True)
-    if args.plan:
-        length = args.max_new_tokens + 1024
-        return print_plan(args, length, args.slots or args.prompts * args.group, length)
-    if both:
-        return tiny_recipe(args)
-    results = run_arm(args)
-    if RANK == 0:
-        print(json.dumps({stage: bootstrap_ci(found["T=1"]["scores"])
-                          for stage, found in results.items()}))
+def grade_batch(responses, golds, grader=grade) -> list[str]:
+    """Verdicts of a batch."""
+    return [grader(*pair) for pair in zip(responses, golds, strict=True)]
 
 
 if __name__ == "__main__":

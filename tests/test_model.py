@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import model as nano
-from model import ModelConfig, RingCache, Tokenizer, Transformer, UsageError, generate, sample
+from model import Cache, ModelConfig, Tokenizer, Transformer, UsageError, generate, sample
 
 W = 5
 SHAPE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
@@ -203,9 +203,9 @@ def test_ring_cache_is_the_full_forward(kind, chunk):
     """Prefill whole, packed or chunk by chunk, then token by token across wrap-around, rows at
     different positions; unwritten slots are NaN, and the slots are then used a second time."""
     ours = tiny(**KINDS[kind])
-    cache = RingCache(ours.config, 4, 5 * W, dtype=torch.float64)
-    for ring in cache.k + cache.v:
-        ring.fill_(torch.nan)
+    cache = Cache(ours.config, 4, 5 * W, dtype=torch.float64)
+    for keys, values in cache.layers:
+        keys.fill_(torch.nan), values.fill_(torch.nan)
     slots = [3, 0, 2, 1]  # of the rows
     for lengths in ([W - 1, W, W + 1, 2 * W + 3], [2, 1, W + 1, W - 2]):
         rows = [tokens_of(n + 2 * W, seed=n) for n in lengths]
@@ -232,9 +232,9 @@ def test_ring_cache_is_the_full_forward(kind, chunk):
 def test_cache_memory_is_constant_under_a_window():
     def size(length, **kind):
         config = tiny(**kind).config
-        cache = RingCache(config, 3, length, dtype=torch.bfloat16)
-        held = sum(t.numel() * t.element_size() for t in cache.k + cache.v)
-        assert held == 3 * RingCache.bytes_per_slot(config, length, torch.bfloat16)
+        cache = Cache(config, 3, length, dtype=torch.bfloat16)
+        held = sum(t.numel() * t.element_size() for layer in cache.layers for t in layer)
+        assert held == cache.nbytes == 3 * Cache.bytes_per_slot(config, length, torch.bfloat16)
         return held
 
     assert size(100) == size(10_000) == 3 * 2 * 3 * W * 2 * 8 * 2
@@ -274,8 +274,8 @@ def test_greedy_is_the_argmax_of_the_full_forward(monkeypatch, kind, prefill_tok
 
 
 def test_equal_prompts_share_a_prefill(monkeypatch):
-    prefilled, prefill = [], RingCache.prefill
-    monkeypatch.setattr(RingCache, "prefill", lambda self, slots, lengths, start=0:
+    prefilled, prefill = [], Cache.prefill
+    monkeypatch.setattr(Cache, "prefill", lambda self, slots, lengths, start=0:
                         prefilled.extend(lengths) or prefill(self, slots, lengths, start))
     alone = [generate(tiny(), [PROMPTS[4]], 2 * W, seed=s)[0].tokens for s in range(6)]
     assert prefilled == [2 * W + 2] * 6
@@ -318,15 +318,15 @@ def test_logprobs_are_those_of_the_training_forward(temperature):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
-def test_packed_matrices_are_the_weights_of_now(dtype, tolerance):
+def test_blocked_matrices_are_the_weights_of_now(dtype, tolerance):
     ours = tiny(model_type="qwen2", hidden_size=256, intermediate_size=512).to(dtype)
     for p in ours.parameters():
         p.mul_(1 if p.dim() == 1 else 0.3)
-    if not nano.can_pack(ours.model.layers[0].mlp.up_proj.weight):
-        pytest.skip("this CPU does not pack")
-    kinds = [type(module) for module in nano.packed(ours).modules()]
-    assert kinds.count(nano.PackedLinear) == 9 and torch.nn.Linear in kinds  # the MLPs', not q to o
-    assert not any(isinstance(module, nano.PackedLinear) for module in ours.modules())
+    if not nano.can_block(ours.model.layers[0].mlp.up_proj.weight):
+        pytest.skip("this CPU does not block")
+    kinds = [type(module) for module in nano.blocked(ours).modules()]
+    assert kinds.count(nano.BlockedLinear) == 9 and torch.nn.Linear in kinds  # the MLPs', not q to o
+    assert not any(isinstance(module, nano.BlockedLinear) for module in ours.modules())
     for _ in range(2):  # weights that change between two generations: RL's refreshed copy
         logprobs, expected = [], []
         for r in generate(ours, PROMPTS[:3], 9, seed=1):
@@ -383,16 +383,17 @@ def test_stream_and_limits():
 
 
 def test_cancelled_generation_frees_its_memory(monkeypatch):
-    class Watched(RingCache):
+    class Watched(Cache):
         def __init__(self, *args):
             super().__init__(*args)
-            alive.extend(map(weakref.ref, self.k + self.v))
+            tensors = [t for layer in self.layers for t in layer if t.device.type != "meta"]
+            alive.extend(map(weakref.ref, tensors))
 
     def cancel(i, tokens):
         raise KeyboardInterrupt
 
     alive = []
-    monkeypatch.setattr(nano, "RingCache", Watched)
+    monkeypatch.setattr(nano, "Cache", Watched)
     with pytest.raises(KeyboardInterrupt):
         generate(tiny(), PROMPTS, 6, stream=cancel)
     generate(tiny(), PROMPTS, 6)

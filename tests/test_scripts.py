@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_train import flags, handlers, logged, untrained  # noqa: F401  (handlers is a fixture)
 
-from model import ModelConfig, Transformer, cli
+from model import Transformer, cli, config_from_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["convert_sft", "rl", "eval", "bench"]
@@ -94,7 +94,7 @@ def test_the_bench_ends_with_json(tmp_path):
 def cut_smollm2(smollm2, tmp_path):
     """SmolLM2's first two layers: the real tokenizer, template and embedding, little to compute."""
     config = json.loads((smollm2 / "config.json").read_text()) | {"num_hidden_layers": 2}
-    model, whole = Transformer(ModelConfig.from_dict(config)), Transformer.from_pretrained(smollm2)
+    model, whole = Transformer(config_from_json(config)), Transformer.from_pretrained(smollm2)
     weights = whole.state_dict()
     model.load_state_dict({name: weights[name] for name in model.state_dict()})
     model.tokenizer_files = whole.tokenizer_files
