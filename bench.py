@@ -1,5 +1,5 @@
-"""Speed and memory: attention kernels, generation, training;
-SA against SWA side by side in one run.
+"""Speed and memory: attention kernels, generation, training; SA against SWA side by side in one
+run.
 
 Every comparison alternates its contestants and reports medians, so that ratios hold on a noisy
 machine. On a GPU the shape is Qwen2.5-1.5B's by default; on a CPU the CPU paths run, at sizes that
@@ -18,6 +18,8 @@ import resource
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,21 +28,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from convert_sft import (
     COLORS,
-    TINY,
+    TASKS,
     FlagParser,
     Trainer,
     describe_machine,
     make_row,
+    markdown,
     memory_plan,
+    new_figure,
     peak_bytes,
     pick_device,
+    save_figure,
 )
-from model import Decoder, ModelConfig, RingCache, Transformer, cli, generate, write_file
+from model import Cache, Decoder, ModelConfig, Transformer, cli, generate, write_file
 from rl import grpo_loss
 from swa_kernel import swa_attention, swa_attention_reference, swa_decode
 
 SHAPES = {  # the published configurations; tiny is the miniature's
-    "tiny": TINY,
+    "tiny": TASKS["tiny"].config,
     "smollm2-135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, max_position_embeddings=8192,
                                 rms_norm_eps=1e-5, rope_theta=1e5, tie_word_embeddings=True),
     "qwen2.5-1.5b": ModelConfig(151936, 1536, 8960, 28, 12, 2, 128, model_type="qwen2",
@@ -95,297 +100,13 @@ def matmul_rate(device, n=8192):
 def random_model(shape, window, device, dtype):
     """Random weights as large as trained ones: with larger ones every distribution collapses, and
     a CPU computes its denormal numbers ten times as slowly."""
-    config = ModelConfig(**{**vars(SHAPES[shape]), "window": window})
     torch.manual_seed(0)
     with device:
-        model = Transformer(config)
+        model = Transformer(replace(SHAPES[shape], window=window))
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.02)
     return model.to(dtype)
-
-
-def table(rows):
-    """Prints a list of dicts as Markdown, aligned."""
-    def text(x):
-        return (x if isinstance(x, str) else "-" if x is None
-                else f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}")
-
-    lines = [list(rows[0]), *([text(row.get(name)) for name in rows[0]] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for i, line in enumerate(lines):
-        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
-        print("| " + " | ".join(cells) + " |")
-        if i == 0:
-            print("|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|")
-
-
-def finish(args, name, rows, draw=None):
-    """The table, the picture, the JSON file and the JSON line of one benchmark."""
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    table(rows)
-    result = {"bench": name, "machine": describe_machine(args.torch_device), "rows": rows}
-    write_file(folder / f"{name}.json", lambda f: f.write_text(json.dumps(result, indent=1)))
-    if draw:
-        from matplotlib.figure import Figure  # takes a second
-
-        figure = Figure(figsize=(8, 3.4), layout="tight")
-        draw(figure)
-        write_file(folder / f"{name}.png", lambda f: figure.savefig(f, dpi=110, format="png"))
-    print(json.dumps(result), flush=True)
-
-
-# --------------------------------------------------------------------------------------------------
-# kernels
-
-
-def pairs(T, W):
-    """Query-key pairs inside the window: the work that is credited, whatever tiles compute."""
-    W = min(W or T, T)
-    return W * T - W * (W - 1) // 2
-
-
-def sdpa(backend=None, masked=False):
-    """F.scaled_dot_product_attention on (B, T, H, D): full causal, or with a boolean mask of the
-    window."""
-    masks = {}
-
-    def attend(q, k, v, window):
-        T, kind = q.shape[1], {"is_causal": True}
-        if masked:
-            if (T, window) not in masks:
-                position = torch.arange(T, device=q.device)
-                distance = position[:, None] - position
-                masks[T, window] = (distance >= 0) & (distance < (window or T))
-            kind = {"attn_mask": masks[T, window]}
-        with sdpa_kernel([backend] if backend else list(SDPBackend.__members__.values())):
-            return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)),
-                                                  enable_gqa=True, **kind).transpose(1, 2)
-
-    return attend
-
-
-def flex_attention():
-    """FlexAttention, compiled, with a sliding-window block mask."""
-    from torch.nn.attention import flex_attention as flex
-
-    compiled, masks = torch.compile(flex.flex_attention, dynamic=False), {}
-
-    def attend(q, k, v, window):
-        T, W = q.shape[1], window or q.shape[1]
-        if (T, W) not in masks:
-            masks[T, W] = flex.create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < W),
-                                                 None, None, T, T, device=q.device)
-        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=masks[T, W],
-                        enable_gqa=True).transpose(1, 2)
-
-    return attend
-
-
-def bench_kernels(args):
-    """Forward, backward and decode; credited operations 4 and 10 a pair, head and dimension."""
-    device, gpu = args.torch_device, args.torch_device.type == "cuda"
-    dtype, (H, Hkv) = (torch.bfloat16, (12, 2)) if gpu else (torch.float32, (2, 1))
-    lengths, windows = (([2**n for n in range(11, 18)], [1024, 2048, 4096, 8192, None])
-                        if gpu else ([1024, 4096, 16384], [512]))
-    contestants = {  # name: (function, takes a window, longest T)
-        "swa_kernel": (swa_attention, True, 2**20),
-        **({"FlexAttention": (flex_attention(), True, 2**20),
-            "SDPA flash": (sdpa(SDPBackend.FLASH_ATTENTION), False, 2**20),
-            "SDPA cuDNN": (sdpa(SDPBackend.CUDNN_ATTENTION), False, 2**20),
-            "naive twin": (swa_attention_reference, True, 4096)}
-           if gpu else {"SDPA, full mask": (sdpa(masked=True), True, 2**20)}),
-    }
-    rate, bandwidth, rows = matmul_rate(device), copy_bandwidth(device), []
-    print(f"ceilings: matrix product {rate / 1e12:.3g} TFLOP/s, copy {bandwidth / 1e9:.3g} GB/s",
-          flush=True)
-    for D in (128, 64) if gpu else (64,):
-        for T in lengths:
-            q, k, v = (torch.randn(1, T, h, D, device=device, dtype=dtype, requires_grad=True)
-                       for h in (H, Hkv, Hkv))
-            gradient = torch.randn_like(q)
-            for W in [w for w in windows if (w or 0) < T]:
-                runs, memory = {}, {}
-                for name, (attend, windowed, longest) in contestants.items():
-                    if T > longest or not windowed and W:
-                        continue
-                    try:
-                        if gpu:
-                            torch.cuda.reset_peak_memory_stats()
-                        before = torch.cuda.memory_allocated() if gpu else 0
-                        o = attend(q, k, v, W)
-                        torch.autograd.grad(o, (q, k, v), gradient, retain_graph=True)
-                        peak = torch.cuda.max_memory_allocated() if gpu else 0
-                        memory[name] = (peak - before) / 1e6 if gpu else None
-                    except RuntimeError as error:
-                        # A peer without a kernel for this shape, or out of memory
-                        print(f"  {name}, T={T}, W={W}, D={D} left out: "
-                              f"{str(error).splitlines()[0][:90]}", flush=True)
-                        continue
-                    runs[name, "forward"] = torch.no_grad()(
-                        lambda attend=attend, W=W, x=(q, k, v): attend(*x, W))
-                    runs[name, "backward"] = lambda o=o, x=(q, k, v), g=gradient: (
-                        torch.autograd.grad(o, x, g, retain_graph=True))
-                turns = 10 * args.repeats if gpu else args.repeats
-                for (name, part), s in side_by_side(runs, turns, device).items():
-                    flops = (4 if part == "forward" else 10) * H * D * pairs(T, W)
-                    rows.append({"part": part, "what": name, "D": D, "T": T, "W": W or "full",
-                                 "ms": s * 1e3, "TFLOP/s": flops / s / 1e12,
-                                 "of ceiling": flops / s / rate, "MB": memory[name]})
-                print(f"  D={D} T={T} W={W or 'full'} done", flush=True)
-    for B, S in ((1, 4096), (64, 4096), (16, 32768)) if gpu else ((128, 24), (8, 512)):
-        D = 128 if gpu else 64
-        q, k, v = (torch.randn(*shape, device=device, dtype=dtype)
-                   for shape in ((B, H, D), (B, S, Hkv, D), (B, S, Hkv, D)))
-        position, size = torch.full((B,), S + 3, device=device), 2 * k.numel() * k.element_size()
-        heads_first = q[:, :, None], k.transpose(1, 2), v.transpose(1, 2)
-        runs = {"swa_kernel": lambda x=(q, k, v, position): swa_decode(*x),
-                "SDPA": lambda x=heads_first: F.scaled_dot_product_attention(*x, enable_gqa=True)}
-        if gpu:  # as generation runs it, without launch gaps
-            runs |= {f"{name}, graph": captured(run) for name, run in list(runs.items())}
-        for name, s in side_by_side(runs, 20 * args.repeats, device).items():
-            rows.append({"part": "decode", "what": f"{name}, batch {B}", "D": D, "T": 1, "W": S,
-                         "ms": s * 1e3, "TFLOP/s": None, "of ceiling": size / s / bandwidth,
-                         "MB": size / 1e6})
-
-    def draw(figure):
-        axes = figure.subplots(1, 2, sharey=True)
-        D = rows[0]["D"]
-        for axis, part in zip(axes, ("forward", "backward"), strict=True):
-            names = dict.fromkeys(r["what"] for r in rows if r["part"] == part)
-            for color, name in zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00"), names,
-                                   strict=False):
-                for W, style in zip([w or "full" for w in windows],
-                                    ("o-", "s--", "^:", "v-.", "D-"), strict=False):
-                    line = [(r["T"], r["ms"]) for r in rows
-                            if (r["part"], r["what"], r["W"], r["D"]) == (part, name, W, D)]
-                    if line:
-                        axis.loglog(*zip(*line, strict=True), style, color=color,
-                                    label=f"{name}, W={W}", markersize=4)
-            axis.set(title=f"{part}, D={D}", xlabel="sequence length (tokens)")
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel("time (ms)")
-        axes[0].legend(fontsize=6)
-
-    finish(args, f"kernels-{'gpu' if gpu else 'cpu'}", rows, draw)
-
-
-def captured(run):
-    """A function as a CUDA graph's replay."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-# --------------------------------------------------------------------------------------------------
-# generation
-
-
-def decode_seconds(model, slots, length, steps=24, points=4):
-    """Mean seconds of a decode step over a generation of `length` tokens: the middle of each
-    quarter."""
-    decoder = Decoder(model, slots, length, max_new_tokens=10**6 // slots + 2 * steps, n_ids=None)
-    total = 0.0
-    for i in range(points):
-        decoder.rows["position"].fill_(int(length * (i + 0.5) / points))
-        decoder.rows["made"].zero_()
-        decoder.rows["alive"].fill_(True)
-        for _ in range(3):
-            decoder.replay(slots)
-        began = clock(model.device)
-        for _ in range(steps):
-            decoder.replay(slots)
-        total += (clock(model.device) - began) / steps / points
-    return total
-
-
-@torch.no_grad()
-def bench_generate_gpu(args):
-    """Tokens/s and memory against the context: each with the most slots that fit, and with the
-    same batch."""
-    device, rows, batch = args.torch_device, [], 16
-    bandwidth = copy_bandwidth(device)
-    for context in (4096, 8192, 16384, 32768, 65536):
-        for window in (None, 2048, 4096, 8192):
-            model = random_model(args.shape, window, device, torch.bfloat16)
-            weights = sum(p.numel() * p.element_size() for p in model.parameters())
-            slot = RingCache.bytes_per_slot(model.config, context, torch.bfloat16)
-            most = min(2048, int(args.memory * 1e9 - weights) // slot)
-            row = {"context": context, "window": window or "full", "cache MB/seq": slot / 1e6}
-            for name, slots in (("same memory", most), ("same batch", batch)):
-                torch.cuda.reset_peak_memory_stats()
-                seconds = decode_seconds(model, slots, context)
-                filled = sum(min(context * (i + 0.5) / 4, (w or context))
-                             for w in model.config.windows for i in range(4)) / 4
-                positions = sum(min(w or context, context) for w in model.config.windows)
-                read = weights + slots * filled * slot / positions
-                row |= {f"slots, {name}": slots, f"tok/s, {name}": slots / seconds,
-                        f"share of bandwidth, {name}": read / bandwidth / seconds,
-                        f"peak GB, {name}": torch.cuda.max_memory_allocated() / 1e9}
-            rows.append(row)
-            print(f"  context {context}, window {window or 'full'}: "
-                  f"{row['tok/s, same memory']:,.0f} tok/s", flush=True)
-            del model
-
-    def draw(figure):
-        axes = figure.subplots(1, 2)
-        for window, style in (("full", "o-"), (2048, "s--"), (4096, "^--"), (8192, "v--")):
-            own = [r for r in rows if r["window"] == window]
-            for axis, column in zip(axes, ("tok/s, same memory", "cache MB/seq"), strict=True):
-                axis.loglog([r["context"] for r in own], [r[column] for r in own], style, base=2,
-                            color=COLORS["SA" if window == "full" else "SWA"],
-                            label=f"window {window}")
-                axis.set(xlabel="context (tokens)", ylabel=column)
-        axes[0].legend(fontsize=8)
-
-    finish(args, f"generate-{args.shape}", rows, draw)
-
-
-@torch.no_grad()
-def bench_generate_cpu(args):
-    """Whole generations against transformers, and the memory of a long one."""
-    device, rows = args.torch_device, []
-    torch.set_num_threads(1)
-    for window in (256, None):  # first, before others raise the peak
-        config = ModelConfig(**{**vars(TINY), "window": window, "max_position_embeddings": 40000})
-        decoder = Decoder(Transformer(config), 1, args.long, max_new_tokens=args.long)
-        decoder.admit({0: [1]}, {0: 0})
-        marks = {256, args.long // 4, args.long // 2, args.long}
-        cache = sum(t.numel() * 4 for t in decoder.cache.k + decoder.cache.v) / 1e6
-        for i in range(1, args.long + 1):
-            decoder.step(1)
-            if i in marks:
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-                rows.append({"what": f"tiny, window {window or 'full'}, token {i}",
-                             "cache MB": cache, "peak process MB": peak})
-    tiny = random_model("tiny", 24, device, torch.float32)
-    prompts = [[1, *range(3, 20)]] * 128
-    seconds = side_by_side({"tiny": lambda: generate(tiny, prompts, 64, seed=0)}, 3, device)["tiny"]
-    rows.append({"what": "tiny, 128 rollouts x 64 tokens, 1 thread", "tok/s": 128 * 64 / seconds})
-
-    shape = args.shape
-    prompts = torch.randint(0, SHAPES[shape].vocab_size, (8, 64)).tolist()
-    ids, contestants = torch.tensor(prompts), {}
-    for dtype in (torch.bfloat16, torch.float32):  # most checkpoints are stored in the former
-        model, kind = random_model(shape, None, device, dtype), str(dtype)[6:]
-        short = random_model(shape, 128, device, dtype)
-        contestants[f"{kind}, window full"] = lambda m=model: generate(m, prompts, args.new, seed=0)
-        contestants[f"{kind}, window 128"] = lambda m=short: generate(m, prompts, args.new, seed=0)
-        if (peer := transformers_model(model)) is not None:
-            contestants[f"{kind}, transformers"] = lambda peer=peer: peer.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
-                max_new_tokens=args.new, min_new_tokens=args.new, pad_token_id=0)
-    seconds = side_by_side(contestants, args.repeats, device)
-    for name, s in seconds.items():
-        peer = seconds.get(f"{name.split(',')[0]}, transformers")
-        rows.append({"what": f"{shape}, 8 x {args.new} tokens, {name}", "tok/s": 8 * args.new / s,
-                     "x transformers": peer and peer / s})
-    finish(args, f"generate-cpu-{shape}", [{"what": r["what"], **{k: r.get(k) for k in (
-        "tok/s", "x transformers", "cache MB", "peak process MB")}} for r in rows])
 
 
 def transformers_model(model):
@@ -401,81 +122,386 @@ def transformers_model(model):
         return peer.to(model.device)
 
 
+def shown(value):
+    if value is None or isinstance(value, str):
+        return value or "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def finish(args, name, rows, draw=None):
+    """The table, the picture, the JSON file and the JSON line of one benchmark."""
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    print("\n".join(markdown(rows, shown)))
+    result = {"bench": name, "machine": describe_machine(args.torch_device), "rows": rows}
+    write_file(folder / f"{name}.json", lambda f: f.write_text(json.dumps(result, indent=1)))
+    if draw:
+        figure = new_figure(8, 3.4)
+        draw(figure, rows)
+        save_figure(figure, folder / f"{name}.png")
+    print(json.dumps(result), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# kernels
+
+
+def pairs(T, W):
+    """Query-key pairs inside the window: the work that is credited, whatever tiles compute."""
+    W = min(W or T, T)
+    return W * T - W * (W - 1) // 2
+
+
+@dataclass
+class Contestant:
+    """An attention (q, k, v, window) -> o on (B, T, H, D)."""
+
+    attend: object
+    windowed: bool = True  # else full causal attention only
+    longest: int = 2**20  # T that its memory allows
+
+
+def sdpa(backend):
+    """Full causal attention by one of PyTorch's backends."""
+    def attend(q, k, v, window):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel([backend]):
+            o = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return o.transpose(1, 2)
+
+    return attend
+
+
+def masked_sdpa():
+    """SDPA with a boolean mask of the window: what one writes without a kernel."""
+    masks = {}
+
+    def attend(q, k, v, window):
+        T = q.shape[1]
+        if (T, window) not in masks:
+            position = torch.arange(T, device=q.device)
+            distance = position[:, None] - position
+            masks[T, window] = (distance >= 0) & (distance < (window or T))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=masks[T, window],
+                                              enable_gqa=True).transpose(1, 2)
+
+    return attend
+
+
+def flex_attention():
+    """FlexAttention, compiled, with a sliding-window block mask."""
+    from torch.nn.attention import flex_attention as flex
+
+    compiled, masks = torch.compile(flex.flex_attention, dynamic=False), {}
+
+    def attend(q, k, v, window):
+        T, W = q.shape[1], window or q.shape[1]
+        if (T, W) not in masks:
+            masks[T, W] = flex.create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < W),
+                                                 None, None, T, T, device=q.device)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return compiled(q, k, v, block_mask=masks[T, W], enable_gqa=True).transpose(1, 2)
+
+    return attend
+
+
+def bench_kernels(args):
+    """Forward, backward and decode; credited operations 4 and 10 a pair, head and dimension."""
+    device, gpu = args.torch_device, args.torch_device.type == "cuda"
+    contestants = {"swa_kernel": Contestant(swa_attention)}
+    if gpu:
+        contestants |= {
+            "FlexAttention": Contestant(flex_attention()),
+            "SDPA flash": Contestant(sdpa(SDPBackend.FLASH_ATTENTION), windowed=False),
+            "SDPA cuDNN": Contestant(sdpa(SDPBackend.CUDNN_ATTENTION), windowed=False),
+            "naive twin": Contestant(swa_attention_reference, longest=4096)}
+        lengths, windows = [2**n for n in range(11, 18)], [1024, 2048, 4096, 8192, None]
+        dims, rings = (128, 64), [(1, 4096), (64, 4096), (16, 32768)]  # rings: batch, places
+    else:
+        contestants["SDPA, full mask"] = Contestant(masked_sdpa())
+        lengths, windows = [1024, 4096, 16384], [512]
+        dims, rings = (64,), [(128, 24), (8, 512)]
+    ceilings = {"matmul": matmul_rate(device), "copy": copy_bandwidth(device)}
+    print(f"ceilings: matrix product {ceilings['matmul'] / 1e12:.3g} TFLOP/s, "
+          f"copy {ceilings['copy'] / 1e9:.3g} GB/s", flush=True)
+    rows = []
+    for D in dims:
+        for T in lengths:
+            for W in windows:
+                if (W or 0) < T:
+                    rows += attention_rows(contestants, D, T, W, ceilings["matmul"], args)
+                    print(f"  D={D} T={T} W={W or 'full'} done", flush=True)
+    for batch, places in rings:
+        rows += decode_rows(batch, places, dims[0], ceilings["copy"], args)
+    finish(args, f"kernels-{'gpu' if gpu else 'cpu'}", rows, draw_kernels)
+
+
+def random_heads(device, D, *lengths):
+    """q, k, v (1, length, heads, D), of Qwen2.5-1.5B's heads on a GPU."""
+    gpu = device.type == "cuda"
+    H, Hkv = (12, 2) if gpu else (2, 1)
+    kind = {"device": device, "dtype": torch.bfloat16 if gpu else torch.float32}
+    return [torch.randn(*shape, heads, D, **kind) for shape, heads in zip(lengths, (H, Hkv, Hkv))]
+
+
+def attention_rows(contestants, D, T, W, rate, args):
+    """Each contestant's forward and backward at one size."""
+    device = args.torch_device
+    q, k, v = (x.requires_grad_() for x in random_heads(device, D, (1, T), (1, T), (1, T)))
+    gradient, runs, memory = torch.randn_like(q), {}, {}
+    for name, contestant in contestants.items():
+        if T > contestant.longest or (W and not contestant.windowed):
+            continue
+        try:
+            o, memory[name] = first_run(contestant.attend, (q, k, v), gradient, W, device)
+        except RuntimeError as error:  # a peer without a kernel for this shape, or out of memory
+            print(f"  {name}, T={T}, W={W}, D={D} left out: {str(error).splitlines()[0][:90]}",
+                  flush=True)
+            continue
+        runs[name, "forward"] = torch.no_grad()(partial(contestant.attend, q, k, v, W))
+        runs[name, "backward"] = partial(torch.autograd.grad, o, (q, k, v), gradient,
+                                         retain_graph=True)
+    turns, rows = args.repeats * (10 if device.type == "cuda" else 1), []
+    for (name, part), seconds in side_by_side(runs, turns, device).items():
+        flops = (4 if part == "forward" else 10) * q.shape[2] * D * pairs(T, W)
+        rows.append({"part": part, "what": name, "D": D, "T": T, "W": W or "full",
+                     "ms": seconds * 1e3, "TFLOP/s": flops / seconds / 1e12,
+                     "of ceiling": flops / seconds / rate, "MB": memory[name]})
+    return rows
+
+
+def first_run(attend, qkv, gradient, W, device):
+    """-> (output, MB that forward and backward took at their peak; None on a CPU)."""
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    o = attend(*qkv, W)
+    torch.autograd.grad(o, qkv, gradient, retain_graph=True)
+    return o, (torch.cuda.max_memory_allocated() - before) / 1e6 if gpu else None
+
+
+def decode_rows(batch, places, D, bandwidth, args):
+    """One token a sequence against a full ring; the ceiling is the time to read it."""
+    device = args.torch_device
+    q, k, v = random_heads(device, D, (batch,), (batch, places), (batch, places))
+    position = torch.full((batch,), places + 3, device=device)
+    heads_first = q[:, :, None], k.transpose(1, 2), v.transpose(1, 2)
+    runs = {"swa_kernel": partial(swa_decode, q, k, v, position),
+            "SDPA": partial(F.scaled_dot_product_attention, *heads_first, enable_gqa=True)}
+    if device.type == "cuda":  # as generation runs it, without launch gaps
+        runs |= {f"{name}, graph": captured(run) for name, run in list(runs.items())}
+    size = k.nbytes + v.nbytes
+    return [{"part": "decode", "what": f"{name}, batch {batch}", "D": D, "T": 1, "W": places,
+             "ms": seconds * 1e3, "TFLOP/s": None, "of ceiling": size / seconds / bandwidth,
+             "MB": size / 1e6}
+            for name, seconds in side_by_side(runs, 20 * args.repeats, device).items()]
+
+
+def captured(run):
+    """A function as a CUDA graph's replay."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def draw_kernels(figure, rows):
+    """Time against length, a colour a contestant, a marker a window; the first head dimension."""
+    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+    rows = [row for row in rows if row["part"] != "decode" and row["D"] == rows[0]["D"]]
+    names, windows = (list(dict.fromkeys(row[key] for row in rows)) for key in ("what", "W"))
+    styles = dict(zip(windows, ("o-", "s--", "^:", "v-.", "D-")))
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, part in zip(axes, ("forward", "backward"), strict=True):
+        for color, name in zip(colors, names):
+            for W in windows:
+                line = [(row["T"], row["ms"]) for row in rows
+                        if (row["part"], row["what"], row["W"]) == (part, name, W)]
+                if line:
+                    axis.loglog(*zip(*line, strict=True), styles[W], color=color,
+                                label=f"{name}, W={W}", markersize=4)
+        axis.set(title=f"{part}, D={rows[0]['D']}", xlabel="sequence length (tokens)")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("time (ms)")
+    axes[0].legend(fontsize=6)
+
+
+# --------------------------------------------------------------------------------------------------
+# generation
+
+QUARTERS = [1 / 8, 3 / 8, 5 / 8, 7 / 8]  # the middle of each quarter of a generation
+
+
+def decode_seconds(model, slots, length, steps=24):
+    """Mean seconds of a decode step over a generation of `length` tokens, and its peak GB."""
+    torch.cuda.reset_peak_memory_stats()
+    decoder = Decoder(model, slots, length, max_new_tokens=10**6 // slots + 2 * steps, n_ids=None)
+    total = 0.0
+    for share in QUARTERS:
+        decoder.running.position.fill_(int(length * share))
+        decoder.running.made.zero_()
+        decoder.running.alive.fill_(True)
+        for _ in range(3):
+            decoder.replay(slots)
+        began = clock(model.device)
+        for _ in range(steps):
+            decoder.replay(slots)
+        total += (clock(model.device) - began) / steps / len(QUARTERS)
+    return total, torch.cuda.max_memory_allocated() / 1e9
+
+
+@torch.no_grad()
+def bench_generate_gpu(args):
+    """Tokens/s and memory against the context: each with the most slots that fit, and with the
+    same batch."""
+    device, rows = args.torch_device, []
+    bandwidth = copy_bandwidth(device)
+    for context in (4096, 8192, 16384, 32768, 65536):
+        for window in (None, 2048, 4096, 8192):
+            model = random_model(args.shape, window, device, torch.bfloat16)
+            weights = sum(p.nbytes for p in model.parameters())
+            slot = Cache.bytes_per_slot(model.config, context, torch.bfloat16)
+            places = min(window or context, context)
+            filled = sum(min(context * share, places) for share in QUARTERS) / len(QUARTERS)
+            row = {"context": context, "window": window or "full", "cache MB/seq": slot / 1e6}
+            most = min(2048, int(args.memory * 1e9 - weights) // slot)
+            for name, slots in (("same memory", most), ("same batch", 16)):
+                seconds, peak = decode_seconds(model, slots, context)
+                read = weights + slots * slot * filled / places
+                row |= {f"slots, {name}": slots, f"tok/s, {name}": slots / seconds,
+                        f"share of bandwidth, {name}": read / bandwidth / seconds,
+                        f"peak GB, {name}": peak}
+            rows.append(row)
+            print(f"  context {context}, window {window or 'full'}: "
+                  f"{row['tok/s, same memory']:,.0f} tok/s", flush=True)
+            del model
+    finish(args, f"generate-{args.shape}", rows, draw_generate)
+
+
+def draw_generate(figure, rows):
+    axes = figure.subplots(1, 2)
+    for window, style in (("full", "o-"), (2048, "s--"), (4096, "^--"), (8192, "v--")):
+        own = [row for row in rows if row["window"] == window]
+        for axis, column in zip(axes, ("tok/s, same memory", "cache MB/seq"), strict=True):
+            axis.loglog([row["context"] for row in own], [row[column] for row in own], style,
+                        base=2, color=COLORS["SA" if window == "full" else "SWA"],
+                        label=f"window {window}")
+            axis.set(xlabel="context (tokens)", ylabel=column)
+    axes[0].legend(fontsize=8)
+
+
+@torch.no_grad()
+def bench_generate_cpu(args):
+    """The memory of a long generation, then whole generations against transformers."""
+    torch.set_num_threads(1)
+    rows = long_generation_rows(args)  # first, before others raise the peak
+    tiny = random_model("tiny", 24, args.torch_device, torch.float32)
+    prompts = [[1, *range(3, 20)]] * 128
+    seconds = side_by_side({"tiny": lambda: generate(tiny, prompts, 64, seed=0)}, 3,
+                           args.torch_device)["tiny"]
+    rows.append({"what": "tiny, 128 rollouts x 64 tokens, 1 thread", "tok/s": 128 * 64 / seconds})
+    rows += generation_rows(args)
+    columns = "what", "tok/s", "x transformers", "cache MB", "peak process MB"
+    rows = [{column: row.get(column) for column in columns} for row in rows]
+    finish(args, f"generate-cpu-{args.shape}", rows)
+
+
+def long_generation_rows(args):
+    """The cache and the process on the way to args.long tokens."""
+    rows, marks = [], (256, args.long // 4, args.long // 2, args.long)
+    for window in (256, None):
+        config = replace(SHAPES["tiny"], window=window, max_position_embeddings=40000)
+        decoder = Decoder(Transformer(config), 1, args.long, max_new_tokens=args.long)
+        decoder.admit({0: [1]}, {0: 0})
+        for i in range(1, args.long + 1):
+            decoder.step(1)
+            if i in marks:
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+                rows.append({"what": f"tiny, window {window or 'full'}, token {i}",
+                             "cache MB": decoder.cache.nbytes / 1e6, "peak process MB": peak})
+    return rows
+
+
+def generation_rows(args):
+    """Eight answers by SA, SWA and transformers, in both types."""
+    shape, device, contestants = args.shape, args.torch_device, {}
+    prompts = torch.randint(0, SHAPES[shape].vocab_size, (8, 64)).tolist()
+    ids = torch.tensor(prompts)
+    for dtype in (torch.bfloat16, torch.float32):  # most checkpoints are stored in the former
+        kind = str(dtype).removeprefix("torch.")
+        for window in (None, 128):
+            model = random_model(shape, window, device, dtype)
+            contestants[f"{kind}, window {window or 'full'}"] = partial(
+                generate, model, prompts, args.new, seed=0)
+        if peer := transformers_model(random_model(shape, None, device, dtype)):
+            contestants[f"{kind}, transformers"] = partial(
+                peer.generate, ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
+                max_new_tokens=args.new, min_new_tokens=args.new, pad_token_id=0)
+    seconds, rows = side_by_side(contestants, args.repeats, device), []
+    for name, s in seconds.items():
+        peer = seconds.get(f"{name.split(',')[0]}, transformers")
+        rows.append({"what": f"{shape}, 8 x {args.new} tokens, {name}", "tok/s": 8 * args.new / s,
+                     "x transformers": peer and peer / s})
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------
 # training
-
-
-def attention_flops(config, lengths):
-    """Forward 4 and backward 10 operations a visible pair, head and dimension (kernel
-    convention)."""
-    per_pair = 14 * config.num_attention_heads * config.head_dim
-    return sum(per_pair * pairs(T, w) for T in lengths for w in config.windows)
 
 
 def bench_train(args):
     """An SFT step and an RL update at each length, SA against SWA; share of the matrix ceiling
     (MFU)."""
-    device, rows = args.torch_device, []
-    gpu = device.type == "cuda"
-    dtype, rate = torch.float32, matmul_rate(device)
-    lengths, window = ((2048, 8192, 32768), 4096) if gpu else ((64, 512), 64)
-    tokens = 32768 if gpu else 1024
+    device, gpu = args.torch_device, args.torch_device.type == "cuda"
+    lengths, window, tokens = ((2048, 8192, 32768), 4096, 32768) if gpu else ((64, 512), 64, 1024)
+    rate, rows = matmul_rate(device), []
     for T in lengths:
-        contestants, peaks = {}, {}
+        data = torch.randint(0, SHAPES[args.shape].vocab_size, (tokens // T, T + 1)).tolist()
+        contestants = {}
         for w in (None, window):
-            model = random_model(args.shape, w, device, dtype)
-            trainer = Trainer(model, tempfile.mkdtemp(), {}, device, micro_tokens=tokens)
-            data = torch.randint(0, model.config.vocab_size, (tokens // T, T + 1)).tolist()
-            data = [make_row(ids[:1], ids[1:], advantage=[1.0] * T, mask=[1.0] * T) for ids in data]
-
-            def sft(trainer=trainer, data=data):
-                trainer.update(data, lambda logp, m: -logp.sum() / tokens, 1e-6)
-
-            def rl(trainer=trainer, data=data):
-                trainer.update(data, lambda logp, m: grpo_loss(
-                    logp, logp.detach(), m["advantage"], m["mask"], tokens), 1e-6)
-
-            name = f"T={T}, window {w or 'full'}"
             if gpu:  # one model at a time, or the memory would not be its own
+                contestants = {}
                 torch.cuda.reset_peak_memory_stats()
-                seconds = side_by_side({f"{name}, SFT": sft, f"{name}, RL update": rl},
-                                       args.repeats, device)
-                peaks[w] = torch.cuda.max_memory_allocated() / 1e9
-                rows += train_rows(seconds, model.config, T, tokens, rate, peaks[w])
-                del model, trainer, sft, rl
-            else:
-                contestants |= {f"{name}, SFT": sft, f"{name}, RL update": rl}
+            contestants |= training_steps(args.shape, w, T, data, tokens, device)
+            if gpu:
+                seconds = side_by_side(contestants, args.repeats, device)
+                peak = torch.cuda.max_memory_allocated() / 1e9
+                rows += train_rows(seconds, args.shape, T, tokens, rate, peak)
         if not gpu:
-            peer = transformers_step(random_model(args.shape, None, device, dtype), data)
-            if peer:
+            if peer := transformers_step(args.shape, data, device):
                 contestants[f"T={T}, transformers + AdamW, full"] = peer
             seconds = side_by_side(contestants, args.repeats, device)
-            rows += train_rows(seconds, SHAPES[args.shape], T, tokens, rate)
+            rows += train_rows(seconds, args.shape, T, tokens, rate)
     finish(args, f"train-{'gpu' if gpu else 'cpu'}-{args.shape}", rows)
 
 
-def train_rows(seconds, config, T, tokens, rate, peak=None):
-    rows = []
-    with torch.device("meta"):
-        P = sum(p.numel() for p in Transformer(config).parameters())
-    for name, s in seconds.items():
-        window = None if "full" in name else int(name.split("window ")[1].split(",")[0])
-        windowed = ModelConfig(**{**vars(config), "window": window})
-        flops = 6 * P * tokens + attention_flops(windowed, [T] * (tokens // T))
-        plan = peak_bytes(memory_plan(windowed, tokens)) / 1e9 if peak else None
-        rows.append({"what": name, "tok/s": tokens / s, "MFU": flops / s / rate, "peak GB": peak,
-                     "planned GB": plan, "x the last": list(seconds.values())[-1] / s})
-        print(f"  {name}: {tokens / s:,.0f} tok/s", flush=True)
-    return rows
+def training_steps(shape, window, T, data, tokens, device):
+    """{name: an SFT step, an RL update} of one model on the same rows."""
+    trainer = Trainer(random_model(shape, window, device, torch.float32), device, tokens)
+    rows = [make_row(ids[:1], ids[1:], advantage=[1.0] * T, mask=[1.0] * T) for ids in data]
+
+    def sft_loss(logprobs, micro):
+        return -logprobs.sum() / tokens
+
+    def rl_loss(logprobs, micro):
+        return grpo_loss(logprobs, logprobs.detach(), micro["advantage"], micro["mask"], tokens)
+
+    name = f"T={T}, window {window or 'full'}"
+    return {f"{name}, SFT": partial(trainer.update, rows, sft_loss, 1e-6),
+            f"{name}, RL update": partial(trainer.update, rows, rl_loss, 1e-6)}
 
 
-def transformers_step(model, data):
+def transformers_step(shape, data, device):
     """A plain training step of transformers on the same weights and batch, or None."""
-    peer = transformers_model(model)
+    peer = transformers_model(random_model(shape, None, device, torch.float32))
     if peer is None:
         return None
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-6)
-    ids = torch.tensor([row["tokens"] + row["targets"][-1:] for row in data])
+    ids = torch.tensor(data)
 
     def step():
         optimizer.zero_grad()
@@ -486,12 +512,31 @@ def transformers_step(model, data):
     return step
 
 
+def train_rows(seconds, shape, T, tokens, rate, peak=None):
+    rows = []
+    for name, s in seconds.items():
+        window = None if "full" in name else int(name.split("window ")[1].split(",")[0])
+        config = replace(SHAPES[shape], window=window)
+        with torch.device("meta"):
+            P = sum(p.numel() for p in Transformer(config).parameters())
+        # kernel convention: forward 4 and backward 10 operations a visible pair, head and dimension
+        per_pair = 14 * config.num_attention_heads * config.head_dim
+        attention = sum(per_pair * pairs(T, w) for w in config.windows) * (tokens // T)
+        flops = 6 * P * tokens + attention
+        plan = peak_bytes(memory_plan(config, tokens)) / 1e9 if peak else None
+        rows.append({"what": name, "tok/s": tokens / s, "MFU": flops / s / rate, "peak GB": peak,
+                     "planned GB": plan, "x the last": list(seconds.values())[-1] / s})
+        print(f"  {name}: {tokens / s:,.0f} tok/s", flush=True)
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------
+# the command
 
 
 def parser():
     parser = FlagParser(description=__doc__.split("\n\n")[0],
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["all", "kernels", "generate", "train"],
                         default="all", help="part")
     parser.add_argument("--shape", choices=SHAPES,

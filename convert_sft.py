@@ -339,6 +339,10 @@ class Problems:
         """n training problems for an analysis."""
         return self.for_rl[:n]
 
+    def other_solutions(self, seed):
+        """{name: problems} with solutions of another kind, for eval.py's conversion strategies."""
+        return {}
+
     def validation(self, n, seed):
         """At most n held-out problems: the same before and after RL and for every run."""
         problems = self.side(self.rl_held_out, test=True)[:n]
@@ -1004,6 +1008,9 @@ class RunningSums:
 
     def some(self, n, seed):
         return self.problems(n, [seed, 13])
+
+    def other_solutions(self, seed):
+        return {"restate-only": self.problems(4000, [seed, 4], restate=lambda rng: 1)}
 
     def validation(self, n, seed):
         return self.problems(n, [seed, 10], test=True)

@@ -575,11 +575,10 @@ def strategies(args):
     table |= way("shrinking", window_from=4 * plain.window)
     if plain.tiny:
         table |= way("1 full layer", full_layers=(1,))
-        table |= way("2 full layers", full_layers=plain.full_layers or (1, 2))
-        table |= way("restate-only", rows=lambda seed: plain.tiny.problems(
-            4000, [seed, 4], restate=lambda rng: 1))
-    else:
-        table |= way("hybrid", full_layers=plain.full_layers or (1, 2))
+    hybrid = "2 full layers" if plain.tiny else "hybrid"
+    table |= way(hybrid, full_layers=plain.full_layers or (1, 2))
+    for kind in plain.task.other_solutions(0):
+        table |= way(kind, rows=lambda seed, kind=kind: plain.task.other_solutions(seed)[kind])
     table |= {"SA": partial(plan, args, window=None, full_layers=())}
     found = run_grid(args, table)
     rows = [{"strategy": label, "stage": f"after {stage.upper()}", **cells(found[label], stage)}
