@@ -30,10 +30,11 @@ import os
 import re
 import threading
 import time
-from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import mpmath  # comes with sympy
 import numpy as np
@@ -527,7 +528,13 @@ def main():
 # --------------------------------------------------------------------------------------------------
 # the answer checker
 #
-# response -> extract_answer -> _tokens -> Parser -> sympy expressions and Nodes -> _same
+# Is the final answer of a response the gold one? This is the reward and every benchmark's grader:
+#
+#     extract_answer   the answer's text within the response
+#     _tokenize        one spelling for everything that is written in several ways
+#     Parser           tokens -> a value: a sympy expression, or a Node of values
+#     _same            whether two values are equal
+#     grade            the verdict
 #
 # Equal: mathematically equal in any form. Units, degree, percent and currency signs are optional
 # on one side. Lists without brackets have no order. x = 5 equals 5, f(x) = 2x equals 2x, x > 2
@@ -536,28 +543,35 @@ def main():
 # missing or an extra value. What the grammar does not know (words, sums, integrals, limits) is
 # compared as a string.
 #
-# Model output is hostile: nothing is evaluated as code; rationals are exact and bounded in size;
-# the rest is a tree that sympy never simplifies (its rewriting has no time limit) and mpmath
-# evaluates within bounds at two points. No signals: they fail off the main thread.
+# Model output is hostile, so the work is bounded by construction, not by signals (they fail off the
+# main thread): nothing is evaluated as code, text and numbers are bounded before work on them
+# starts, and sympy only holds the trees. It never simplifies, which has no time limit; mpmath
+# evaluates both sides at a few points instead.
 
-MAX_ANSWER, MAX_TOKENS, MAX_DEPTH, MAX_ITEMS = 1200, 400, 40, 40
+MAX_ANSWER = 1200           # characters
+MAX_TOKENS, MAX_DEPTH, MAX_ITEMS = 400, 40, 40
 MAX_BITS = 2**15            # of an exact number, and of the exponent of an evaluated one
 MP = mpmath.MPContext()     # our own: threads that share mpmath.mp change each other's precision
 MP.dps = 100                # equal means 75 of these digits; the rest pays for cancellation
-
-Node = namedtuple("Node", "kind items")     # "," list, "{}" set, "(]" interval, "<", "=", "∪", ...
 
 
 class Refused(Exception):
     """Syntax outside the grammar, or a value too large to build."""
 
 
+# Extraction: the answer's text
+#
+# Responses box what they found on the way, put a box into a box, stop within one at the token
+# limit, or box nothing. Only the last boxes count, and the search for a closing brace is capped: a
+# degenerate response holds a million opening ones.
+
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+BRACE = re.compile(r"\\.|[{}]", re.S)       # the first branch steps over \{ and \}
 PHRASE = re.compile(
     r"####|\banswers?\b\W{0,4}(?:[^.:=\n]{0,60}?\b(?:is|are)\b|[:=\n])[\s:*_]*", re.I)
-FOUND = re.compile(     # a formula in dollar signs or brackets, or a number
-    r"\$+([^$\n]{1,300})\$+|\\\((.{1,300}?)\\\)|\\\[(.{1,300}?)\\\]"
-    r"|((?<![\w.])-?\\?\$?[0-9][0-9,]*(?:\.[0-9]+)?(?:[/:][0-9]+)?|-?\.[0-9]+)", re.S)
+FORMULA = r"\$+([^$\n]{1,300})\$+|\\\((.{1,300}?)\\\)|\\\[(.{1,300}?)\\\]"
+NUMERAL = r"(?<![\w.])-?\\?\$?[0-9][0-9,]*(?:\.[0-9]+)?(?:[/:][0-9]+)?|-?\.[0-9]+"
+FOUND = re.compile(rf"{FORMULA}|({NUMERAL})", re.S)
 SENTENCE_END = re.compile(r"\.(?:\s|$)|,? (?:because|since|which|so) ")
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")
 
@@ -571,31 +585,44 @@ def extract_answer(text: str) -> str | None:
     """
     if not isinstance(text, str):
         return None
-    boxes, at = [], len(text)
-    while len(boxes) < 3 and (at := max(text.rfind(b, 0, at) for b in ("\\boxed", "\\fbox"))) >= 0:
-        boxes.append(_box(text, at))
-    if boxes:
-        answer = max(boxes)[1]          # of nested boxes, the outer one ends last
-        sentence = len(BOX.findall(answer)) == 1 and WORD.search(BOX.sub("", answer))
-        return (extract_answer(answer) if sentence else answer) or None
+    if boxes := _last_boxes(text):
+        _, answer = max(boxes)          # of nested boxes, the outer one ends last
+        inner = len(BOX.findall(answer))
+        if inner == 1 and WORD.search(BOX.sub("", answer)):     # a boxed sentence around a box
+            return extract_answer(answer)
+        return answer or None
+
     tail = text[-4000:].strip(" \n\t*")
     if phrases := list(PHRASE.finditer(tail)):
-        line = SENTENCE_END.split(tail[phrases[-1].end():].strip().split("\n")[0])[0].strip(" *")
-        found = FOUND.findall(line)
-        alone = len(found) == 1 and (not found[0][3] or len(WORD.findall(line)) > 2)
-        return "".join(found[0]).strip() if alone else line or None
+        return _in_sentence(tail[phrases[-1].end():])
     words = WORD.findall(tail[:300])
     if len(tail) < 300 and (not words or words == [tail]):
         return tail or None
-    found = ["".join(groups).strip(" ,") for groups in FOUND.findall(tail[-1000:])]
-    return next((item for item in reversed(found) if re.search("[0-9]", item)), None)
+    for groups in reversed(FOUND.findall(tail[-1000:])):
+        found = "".join(groups).strip(" ,")
+        if re.search("[0-9]", found):
+            return found
+    return None
+
+
+def _last_boxes(text):
+    """(end, content) of the last three boxes."""
+    boxes, at = [], len(text)
+    while len(boxes) < 3:       # a response may hold a million of them
+        at = max(text.rfind(command, 0, at) for command in ("\\boxed", "\\fbox"))
+        if at < 0:
+            break
+        boxes.append(_box(text, at))
+    return boxes
 
 
 def _box(text, start):
     """(end, content) of the box that starts here; (-1, "") if it is empty or does not close."""
-    depth, opening = 0, BOX.match(text, start)
-    brace = re.compile(r"\\.|[{}]", re.S)
-    for sign in brace.finditer(text, opening.end() - 1, start + 2 * MAX_ANSWER) if opening else ():
+    opening = BOX.match(text, start)
+    if not opening:
+        return -1, ""
+    depth = 0
+    for sign in BRACE.finditer(text, opening.end() - 1, start + 2 * MAX_ANSWER):
         depth += {"{": 1, "}": -1}.get(sign[0], 0)
         if depth == 0:
             content = text[opening.end():sign.start()].strip()
@@ -603,8 +630,26 @@ def _box(text, start):
     return -1, ""
 
 
-# Tokens: one spelling for each sign; upright and spelled-out words go into double quotes
-SPELLINGS = {spelling: token for token, spellings in {
+def _in_sentence(text):
+    """The answer in what follows "the answer is": its one formula, or all of it."""
+    line = text.strip().split("\n")[0]
+    line = SENTENCE_END.split(line)[0].strip(" *")
+    found = FOUND.findall(line)
+    if len(found) == 1:
+        *formulas, numeral = found[0]
+        if not numeral or len(WORD.findall(line)) > 2:      # "3 red" is more than its number
+            return "".join([*formulas, numeral]).strip()
+    return line or None
+
+
+# Tokens: one spelling for each sign
+#
+# Characters are translated, REWRITES run in order, units and nouns are taken out, TOKEN cuts what
+# is left and TOKEN_OF respells it. In between, a word (of \text, or letters that are no product)
+# stands in double quotes: by them, later steps tell the unit "in" from i * n. So a raw text with
+# double quotes is refused.
+
+SPELLINGS = {
     "": r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle"
         r" \quad \qquad \limits \mathbf \boldsymbol \mathit \mathcal \mathsf \bold \bf \rm \boxed"
         r" \fbox \underline \large \Large \small",
@@ -620,39 +665,49 @@ SPELLINGS = {spelling: token for token, spellings in {
     r"\alpha": "α", r"\beta": "β", r"\lambda": "λ", r"\phi": r"φ \varphi",
     **{"\\" + name: name for name in (
         "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp").split()},
-}.items() for spelling in spellings.split()}
-UNITS = {alias: names.split()[0] for names in (
-    "cm centimeter centimetre", "m meter metre", "mm millimeter millimetre", "in inch inche",
-    "km kilometer kilometre", "ft foot feet", "yd yard", "mi mile", "s sec second", "min minute",
-    "h hr hour", "day", "wk week", "month mo", "yr year", "g gram", "kg kilogram kilo", "am", "pm",
-    "mg milligram", "lb pound", "oz ounce", "l liter litre", "ml milliliter millilitre", "unit",
-    r"$ \$ dollar usd", "¢ cent", "€ euro eur", "£ gbp", "¥", "₹", r"% \% percent", "rad radian",
-    ) for alias in names.split()}
-SHORT_WORDS = {"yes", "no", "odd", "red", "sq", "cu"}       # others are words from four letters
+}
+TOKEN_OF = {alias: token for token, aliases in SPELLINGS.items() for alias in aliases.split()}
+
+UNITS = r"""
+cm centimeter centimetre, m meter metre, mm millimeter millimetre, km kilometer kilometre,
+in inch inche, ft foot feet, yd yard, mi mile, s sec second, min minute, h hr hour, day, wk week,
+month mo, yr year, am, pm, g gram, kg kilogram kilo, mg milligram, lb pound, oz ounce,
+l liter litre, ml milliliter millilitre, unit, $ \$ dollar usd, ¢ cent, € euro eur, £ gbp, ¥, ₹,
+% \% percent, rad radian"""
+UNIT_OF = {alias: names.split()[0] for names in UNITS.split(",") for alias in names.split()}
+
+BASES = dict(two=2, three=3, four=4, five=5, six=6, seven=7, eight=8, nine=9, ten=10, eleven=11,
+             twelve=12)
 CHARACTERS = str.maketrans({
-    **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")}, "∛": r"\sqrt[3]",
-    **{sign: rf"\frac{value} " for sign, value in {
-        "½": 12, "⅓": 13, "⅔": 23, "¼": 14, "¾": 34, "⅕": 15, "⅛": 18}.items()}})
-
-
-BASES = dict(zip("two three four five six seven eight nine ten eleven twelve".split(),
-                 range(2, 13), strict=True))
-COUNTED = re.compile(r"(?:[0-9})/]|\b(?:sq|square|cu|cubic|per))\s*$")     # 5 km, but am + bn
+    **{sign: f"^{{{digit}}}" for digit, sign in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+    "½": r"\frac12 ", "⅓": r"\frac13 ", "⅔": r"\frac23 ", "¼": r"\frac14 ", "¾": r"\frac34 ",
+    "⅕": r"\frac15 ", "⅛": r"\frac18 ", "∛": r"\sqrt[3]"})
 
 
 def _upright(match):
     """A word of \\text{...}: the sign that it spells, or in quotes."""
     word = match[0]
-    return SPELLINGS.get(word.lower(), word if word in ("i", "e") else f'"{word}"')
+    return TOKEN_OF.get(word.lower(), word if word in ("i", "e") else f'"{word}"')
 
 
-def _run(match):
+def _text(match):
+    """\\text{...}, its words in quotes."""
+    return re.sub(r"(?<![\\A-Za-z])[A-Za-z]+", _upright, f" {match[1]} ")
+
+
+SHORT_WORDS = {"yes", "no", "odd", "red", "sq", "cu"}       # xyz is a product, blue is a word
+COUNTED = re.compile(r"(?:[0-9})/]|\b(?:sq|square|cu|cubic|per))\s*$")
+
+
+def _letters(match):
     """A run of letters outside \\text: a word, or a product like xy."""
     word, lower, before = match[0], match[0].lower(), match.string[:match.start()]
-    unit = lower.rstrip("s") in UNITS and (len(word) > 2 or COUNTED.search(before[-9:]))
-    known = unit or lower in SPELLINGS or lower in SHORT_WORDS
+    unit = lower.rstrip("s") in UNIT_OF
+    if unit and len(word) == 2:             # the cm of 5 cm, but not of am + cm
+        unit = COUNTED.search(before[-9:])
     name = len(word) == 3 and (word.istitle() or word.isupper())
-    return _upright(match) if known or name or len(word) > 3 else word
+    known = unit or name or lower in TOKEN_OF or lower in SHORT_WORDS
+    return _upright(match) if known or len(word) > 3 else word
 
 
 def _mixed(match):
@@ -662,36 +717,72 @@ def _mixed(match):
     return f"({whole}{'+' if proper else '*'}{top}/{bottom})"
 
 
-REWRITES = [(re.compile(pattern), target) for pattern, target in (
-    (r"\\(?:text)?color\s*\{\w*\}", ""),
-    (r"\\\\\s*\[-?[0-9.]+[a-z]{2}\]", r"\\\\"),                              # \\[4pt] in a matrix
-    (r"(?:\\[!,]\s*)*(?:\{:\}|(?<!\\):)(?:\s*\\[!,])*", ":"),                # 4{:}30
-    (r"\bmph\b", "miles per hour"),
-    (r"\b([aApP])\.\s?([mM])\b\.?", r"\1\2"),                               # a.m.
-    (r"\b(sq|cu|ft|in|hrs?|lbs?|oz|yd|mi)\.", r"\1"),
-    (r"\\(?:text\w*|mathrm|mbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}",
-     lambda match: re.sub(r"(?<![\\A-Za-z])[A-Za-z]+", _upright, f" {match[1]} ")),
-    (r'(?<![\\A-Za-z"])[A-Za-z]{2,}(?!["A-Za-z])', _run),
-    (r'"(?:sq|square)"\s*("[a-z]+")', r"\1^2"), (r'"(?:cu|cubic)"\s*("[a-z]+")', r"\1^3"),
-    (r'\s*"thousand"', "*10^3"), (r'\s*"million"', "*10^6"), (r'\s*"billion"', "*10^9"),
-    (r"\{([^{}]*)(\\over|\\choose)\b([^{}]*)\}", r"\2{\1}{\3}"),
-    (r'(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\s*"degrees?"|°)(?:\s*"?([CF])\b"?)?',
-     lambda match: f' "{match[1]}"' if match[1] else "° "),
-    (r'("(?:day|hour|hr|minute|min|feet|foot|ft)s?")\s*∧', r"\1"),             # 2 hours and 5 min
-    (r"(?<=[0-9])(?:,\\!|\{,\}|\\[, ]|\s)\s*(?=[0-9]{3}(?![0-9/]))", ""),     # 10,\!080  1{,}000
-    (r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),                                 # 1.2 x 10^5
-    (r"(?<![\w^.])([0-9]+)\s*\\[dt]?frac\s*\{?([0-9](?:[0-9]*\})?)\}?\s*\{?([0-9](?:[0-9]*\})?)\}?"
-     r"|(?<![\w^.])([0-9]+)\s+([0-9]+)/([0-9]+)", _mixed),
-    (r'(?<=_)\s*\{?\s*"?([a-z]+)"?\s*\}?', lambda match: f"{BASES.get(match[1], match[0])}"),
-    (r"[({]([0-9A-F]+)[)}]_", r"\1_"),                                       # {52}_8
-    (r"\\mathbb\s*\{?R\}?|\\R\b", "ℝ"),
-    (r'\\begin\s*\{"(?:small|[pb])?(?:matrix|array)"\}(?:\{[clr|"]*\})?(.*?)(?:\\\\\s*)?'
-     r'\\end\s*\{"\w+"\}',      # a matrix is a row of rows
-     lambda match: f"⟦⟦{match[1]}⟧⟧".replace("\\\\", "⟧,⟦").replace("&", ",")),
-    (r"\\not\s*=", "≠"),
-    (r"\{\}|^[\s=:]+|[\s.,;:\\]+$|(?<=^[A-J])\)$", ""),
-)]
-SUB = r"(?:_(?:\w|\{[^{}]*\}))?'*"
+def _matrix(match):
+    """A matrix is a row of rows."""
+    rows = match[1].replace("\\\\", "⟧,⟦")
+    return f"⟦⟦{rows}⟧⟧".replace("&", ",")
+
+
+class Rewrite(NamedTuple):
+    """A step towards one spelling: in `before`, its pattern and replacement alone give `after`."""
+
+    name: str
+    before: str
+    after: str
+    pattern: str
+    replacement: str | Callable
+
+
+REWRITES = [Rewrite(*row) for row in [  # in this order: later rows expect what earlier ones write
+    ("color", r"\color{red}7", "7", r"\\(?:text)?color\s*\{\w*\}", ""),
+    ("row distance", r"1\\[4pt]2", r"1\\2", r"\\\\\s*\[-?[0-9.]+[a-z]{2}\]", r"\\\\"),
+    ("spaced colon", r"4{:}30", "4:30",
+     r"(?:\\[!,]\s*)*(?:\{:\}|(?<!\\):)(?:\s*\\[!,])*", ":"),
+    ("mph", "60 mph", "60 miles per hour", r"\bmph\b", "miles per hour"),
+    ("a.m.", "9 a.m.", "9 am", r"\b([aApP])\.\s?([mM])\b\.?", r"\1\2"),
+    ("abbreviation", "5 ft. 2", "5 ft 2", r"\b(sq|cu|ft|in|hrs?|lbs?|oz|yd|mi)\.", r"\1"),
+    ("text", r"5\text{ cats}", '5  "cats" ',
+     r"\\(?:text\w*|mathrm|mbox|operatorname\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", _text),
+    ("word", "blue or xy", '"blue" , xy', r'(?<![\\A-Za-z"])[A-Za-z]{2,}(?!["A-Za-z])',
+     _letters),
+    ("square", '5 "square" "feet"', '5 "feet"^2', r'"(?:sq|square)"\s*("[a-z]+")', r"\1^2"),
+    ("cubic", '5 "cu" "ft"', '5 "ft"^3', r'"(?:cu|cubic)"\s*("[a-z]+")', r"\1^3"),
+    ("thousand", '5 "thousand"', "5*10^3", r'\s*"thousand"', "*10^3"),
+    ("million", '5 "million"', "5*10^6", r'\s*"million"', "*10^6"),
+    ("billion", '5 "billion"', "5*10^9", r'\s*"billion"', "*10^9"),
+    ("over", r"{a\over b}", r"\over{a}{ b}",
+     r"\{([^{}]*)(\\over|\\choose)\b([^{}]*)\}", r"\2{\1}{\3}"),
+    ("degree", r"20^{\circ}", "20° ",
+     r'(?:\^\s*\{?\s*\\circ\s*\}?|\\degree\b|\s*"degrees?"|°)', "° "),
+    ("temperature", '20°  "C"', '20 "C"', r'°\s*"?([CF])\b"?', r' "\1"'),
+    ("hours and minutes", '2 "hours" ∧ 5 "min"', '2 "hours" 5 "min"',
+     r'("(?:day|hour|hr|minute|min|feet|foot|ft)s?")\s*∧', r"\1"),
+    ("thousands", r"10,\!080 + 1{,}000", "10080 + 1000",
+     r"(?<=[0-9])(?:,\\!|\{,\}|\\[, ]|\s)\s*(?=[0-9]{3}(?![0-9/]))", ""),
+    ("scientific", "1.2 x 10^5", "1.2*10^5", r"(?<=[0-9])\s*x\s*(?=10\s*\^)", "*"),
+    ("mixed number", r"1\frac{4}{5}", "(1+4/5)",
+     r"(?<![\w^.])([0-9]+)\s*\\[dt]?frac\s*\{?([0-9](?:[0-9]*\})?)\}?"
+     r"\s*\{?([0-9](?:[0-9]*\})?)\}?", _mixed),
+    ("mixed number in a line", "1 4/5", "(1+4/5)",
+     r"(?<![\w^.])([0-9]+)\s+([0-9]+)/([0-9]+)", _mixed),
+    ("base in words", '52_{"eight"}', "52_8", r'(?<=_)\s*\{?\s*"?([a-z]+)"?\s*\}?',
+     lambda match: f"{BASES.get(match[1], match[0])}"),
+    ("number with a base", "{52}_8", "52_8", r"[({]([0-9A-F]+)[)}]_", r"\1_"),
+    ("real numbers", r"\mathbb{R}", "ℝ", r"\\mathbb\s*\{?R\}?|\\R\b", "ℝ"),
+    ("matrix", r'\begin{"pmatrix"}1&2\\3&4\end{"pmatrix"}', "⟦⟦1,2⟧,⟦3,4⟧⟧",
+     r'\\begin\s*\{"(?:small|[pb])?(?:matrix|array)"\}(?:\{[clr|"]*\})?(.*?)(?:\\\\\s*)?'
+     r'\\end\s*\{"\w+"\}', _matrix),
+    ("decimal logarithm", r"\lg x", r"\log_{10} x", r"\\lg\b", r"\\log_{10}"),
+    ("not equal", r"x\not=1", "x≠1", r"\\not\s*=", "≠"),
+    ("empty braces", "{}5", "5", r"\{\}", ""),
+    ("leading sign", "= 5", "5", r"^[\s=:]+", ""),
+    ("final stop", "5. ", "5", r"[\s.,;:\\]+$", ""),
+    ("choice", "A)", "A", r"(?<=^[A-J])\)$", ""),
+]]
+COMPILED = [(re.compile(rewrite.pattern), rewrite.replacement) for rewrite in REWRITES]
+
+# Longest first: what stands higher would be cut to pieces by what stands lower.
+SUB = r"(?:_(?:\w|\{[^{}]*\}))?'*"      # of a name: x_1, x_{12}, x'
 TOKEN = re.compile(rf"""
     \s | [~$] | \\[\s,!;:>()\[\]]                                       # space
     | ( (?<![0-9:])[0-9]{{1,2}}:[0-5][0-9](?![0-9:])                    # 12:30
@@ -705,71 +796,105 @@ TOKEN = re.compile(rf"""
         (?:\s*\{{?\s*"?[A-Za-z](?:_\{{?\w\}}?)?"?\s*\}}?)+
       | "[^"]*" | \\\\ | \\log | \\[A-Za-z]+{SUB} | \\. | [A-Za-z]{SUB} | [<>!=]= | \*\* | . )
     """, re.X | re.S)
+# cm, /cm, cm^2, km/h
 UNIT = re.compile(rf"""(?:/\s*|\\cdot\s*)?
-    (?:[€£¢¥₹%]|\\[$%]|"(?:{'|'.join(filter(str.isalpha, UNITS))})s?")
+    (?:[€£¢¥₹%]|\\[$%]|"(?:{'|'.join(filter(str.isalpha, UNIT_OF))})s?")
     (?:\s*\^\s*\{{?\s*-?[0-9]\s*\}}?)?(?:\s*/\s*[hsm]\b)?""", re.X | re.I)
-APPLES = re.compile(        # a number and any noun
+NOUNS = re.compile(         # what follows a number: 42 apples
     r'^(?=.*[0-9])((?:\\[A-Za-z]+|\\[^A-Za-z]|[^A-Za-z"\\])*)'
     r'((?:\s*"(?:[A-Z]|[A-Za-z]{2,})")+)\s*$', re.S)
 SYMBOL = re.compile(r'"([A-Z]|[A-Za-z]{2}|[a-z]*[A-Z][A-Za-z]?)"')     # a unit: MW is not mW
 
 
-def _tokens(text):
-    """(tokens, the units taken out of them, the text in one spelling)."""
-    if len(text) > MAX_ANSWER or '"' in text:
+def _respell(text):
+    """The text after all rewrites, bounded before them."""
+    if len(text) > MAX_ANSWER or '"' in text:       # quotes are ours
         raise Refused
     text = text.translate(CHARACTERS)
-    for pattern, target in REWRITES:
-        text = pattern.sub(target, text)
-    plain = " ".join(filter(None, TOKEN.findall(text))).replace('"', "").casefold()
-    units = [re.sub(r"[a-z]+|\\?[$%]", lambda m: UNITS.get(m[0], UNITS.get(m[0].rstrip("s"), m[0])),
-                    re.sub(r'[\s{}"]', "", unit.lower())) for unit in UNIT.findall(text)]
-    text, tokens, depth = UNIT.sub(" ", text), [], 0
-    if apples := APPLES.match(text):
-        text, nouns = apples.groups()
+    for pattern, replacement in COMPILED:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _split_units(text):
+    """(the text without its units and nouns, the units in one spelling, sorted)."""
+    units = []
+    for unit in UNIT.findall(text):
+        unit = re.sub(r'[\s{}"]', "", unit.lower())
+        units.append(re.sub(r"[a-z]+|\\?[$%]", _unit, unit))
+    text = UNIT.sub(" ", text)
+    if counted := NOUNS.match(text):
+        text, nouns = counted.groups()
         units += SYMBOL.findall(nouns)
-    for token in TOKEN.findall(text):
-        token = SPELLINGS.get(token, token)
+    return text, sorted(units)
+
+
+def _unit(match):
+    """One name for cm, centimeter and centimeters."""
+    alias = match[0]
+    return UNIT_OF.get(alias) or UNIT_OF.get(alias.rstrip("s"), alias)
+
+
+def _tokenize(text):
+    """Tokens of a text after _respell and _split_units."""
+    tokens, depth = [], 0
+    for token in filter(None, TOKEN.findall(text)):
+        token = TOKEN_OF.get(token, token)
         depth += (token in ("(", "[", "\\{")) - (token in (")", "]", "\\}"))
-        if token[:1].isdigit() and "," in token:        # 1,234, but (1,234) is a pair
+        if token[:1].isdigit() and "," in token:        # 1,234 is a number, but (1,234) a pair
             tokens += re.split("(,)", token) if depth > 0 else [token.replace(",", "")]
         elif token:
             tokens.append(token)
     if len(tokens) > MAX_TOKENS:
         raise Refused
-    return tokens, sorted(units), plain
+    return tokens
 
 
-# Values: exact rationals, or trees that are never simplified
-FUNCTIONS = {"\\ln": sympy.log, "\\lg": sympy.log, **{
-    "\\" + re.sub("^a", "arc", name): getattr(sympy, name)
-    for name in "sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log".split()}}
+# Values: exact rationals, trees that are never simplified, or Nodes of these
+#
+# Floats would make 2^53 + 1 equal 2^53 and 1e400 equal 1e500, so numbers are rationals, and the
+# size of a power or factorial is known before it is built. All else is built with evaluate=False:
+# otherwise sympy's constructors expand, factor and root without a limit of time or memory.
+
+
+class Node(NamedTuple):
+    """What is more than one number: a list, set, interval, relation, region, ratio, matrix."""
+
+    kind: str       # "," list, "{}" set, "(]" interval, "<" relation, "∪" region, ":", "⟦⟧", ...
+    items: tuple
+
+
+ONE, TWO = sympy.Integer(1), sympy.Integer(2)
+REALS = sympy.Symbol("ℝ")
 CONSTANTS = {"\\pi": sympy.pi, "e": sympy.E, "i": sympy.I, "\\infty": sympy.oo,
              "\\emptyset": Node("{}", ())}
-NAME = re.compile(r"""[A-Za-zℝ](?![A-Za-z]).*|[A-Z]+|[0-9][\w.]*[_:].*|"[^"]*".*|m?\\(?:vec|hat
-    |overline|mathbb|angle|triangle|ell|(?:var)?epsilon|[Tt]heta|[Ll]ambda|[Gg]amma|[Dd]elta
-    |[Ss]igma|[Pp]hi|[Pp]si|[Oo]mega|alpha|beta|zeta|eta|kappa|mu|nu|xi|rho|tau|chi)(?![a-z]).*""",
-    re.X | re.S)
-REALS, ONE, TWO = sympy.Symbol("ℝ"), sympy.Integer(1), sympy.Integer(2)
+FUNCTIONS = {
+    "\\arcsin": sympy.asin, "\\arccos": sympy.acos, "\\arctan": sympy.atan, "\\ln": sympy.log,
+    **{"\\" + name: getattr(sympy, name)
+       for name in "sin cos tan cot sec csc sinh cosh tanh exp log".split()}}
 
 
 def _kind(value):
+    """"scalar" for what has no kind of its own."""
     return value.kind if isinstance(value, Node) else "scalar"
 
 
 def _bits(number):
+    """The size of a rational; 1 for a tree, which costs nothing until it is evaluated."""
     return max(number.p.bit_length(), number.q.bit_length()) if number.is_Rational else 1
 
 
-def _apply(function, a, b=None):
-    """function(a, b): exact where that is a rational of bounded size, else a tree."""
-    args = (a,) if b is None else (a, b)
+def _apply(function, *args):
+    """function(*args): exact where that is a rational of bounded size, else a tree."""
     if not all(isinstance(arg, sympy.Expr) for arg in args):
         raise Refused
-    exact = function in (sympy.Add, sympy.Mul) and a.is_Number and b.is_Number
-    if function is sympy.Pow and a.is_Rational and b.is_Integer:
-        exact = abs(b) * _bits(a) <= MAX_BITS
-    if function is sympy.factorial:
+    a, b = args[0], args[-1]
+    exact = False
+    if function in (sympy.Add, sympy.Mul):
+        exact = a.is_Number and b.is_Number
+    elif function is sympy.Pow:         # its size is known before it is built
+        exact = a.is_Rational and b.is_Integer and abs(b) * _bits(a) <= MAX_BITS
+    elif function is sympy.factorial:
         exact = a.is_Integer and 0 <= a <= 3000
     value = function(*args) if exact else function(*args, evaluate=False)
     if value in (sympy.nan, sympy.zoo) or _bits(value) > MAX_BITS:
@@ -778,16 +903,19 @@ def _apply(function, a, b=None):
 
 
 def _times(a, b):
-    if isinstance(a, Node) and isinstance(b, Node):
-        raise Refused
+    """a * b; a matrix times a number is the matrix of the products."""
     for one, other in ((a, b), (b, a)):
-        if _kind(one) == "⟦⟧":
+        if _kind(one) == "⟦⟧" and not isinstance(other, Node):
             return Node("⟦⟧", tuple(_times(item, other) for item in one.items))
     return _apply(sympy.Mul, a, b)
 
 
-def _plus(a, b, sign=ONE):
-    return _apply(sympy.Add, a, b if sign == 1 else _times(b, sign))
+def _plus(a, b):
+    return _apply(sympy.Add, a, b)
+
+
+def _minus(a, b):
+    return _plus(a, _times(b, -ONE))
 
 
 def _divide(a, b):
@@ -795,32 +923,51 @@ def _divide(a, b):
 
 
 def _binomial(n, k):
-    n_, k_, rest = (_apply(sympy.factorial, x) for x in (n, k, _plus(n, k, -ONE)))
-    return _divide(n_, _times(k_, rest))
+    """By factorials, whose size _apply bounds."""
+    below = _times(_apply(sympy.factorial, k), _apply(sympy.factorial, _minus(n, k)))
+    return _divide(_apply(sympy.factorial, n), below)
 
 
 def _number(text):
+    """The exact rational of 12, 1.5, 1.5e3 or 0.1\\overline{6}."""
     text, _, repeating = text.partition("\\")
     mantissa, _, exponent = text.lower().partition("e")
     whole, _, decimals = mantissa.partition(".")
     if len(text) > 400 or len(exponent) > 5:
         raise Refused
-    value = sympy.Rational(int(whole + decimals or 0), 10 ** len(decimals))
+    scale = 10 ** len(decimals)
+    value = sympy.Rational(int(whole + decimals or 0), scale)
     if repeating := re.sub("[^0-9]", "", repeating):
-        value += sympy.Rational(int(repeating), (10 ** len(repeating) - 1) * 10 ** len(decimals))
+        nines = 10 ** len(repeating) - 1
+        value += sympy.Rational(int(repeating), nines * scale)
     return _times(value, _apply(sympy.Pow, sympy.Integer(10), sympy.Integer(exponent or 0)))
 
 
 def _join(kind, a, b):
-    """a ∪ b; a : b : c."""
-    return Node(kind, (a.items if kind == _kind(a) == ":" else (a,)) + (b,))
+    """a ∪ b; a : b, and a : b : c as one ratio."""
+    before = a.items if kind == _kind(a) == ":" else (a,)
+    return Node(kind, (*before, b))
 
 
-RELATIONS = {"=": "=", "≈": "≈", "∈": "∈", "≠": "≠", "<": "<", "≤": "≤", ">": "<", "≥": "≤"}
+# The parser: tokens -> a value
+#
+#     listing     relation {"," relation}
+#     relation    expression {"<" expression}
+#     expression  prefix {operator expression}, a missing operator being a product
+#     prefix      number, name, sign expression, "(" listing ")", \frac, \sqrt, \sin ...
+#
+# What does not fit is Refused, and then strings decide: a guess would accept what it misread.
+
+NAME = re.compile(r"""[A-Za-zℝ](?![A-Za-z]).*|[A-Z]+|[0-9][\w.]*[_:].*|"[^"]*".*|m?\\(?:vec|hat
+    |overline|mathbb|angle|triangle|ell|(?:var)?epsilon|[Tt]heta|[Ll]ambda|[Gg]amma|[Dd]elta
+    |[Ss]igma|[Pp]hi|[Pp]si|[Oo]mega|alpha|beta|zeta|eta|kappa|mu|nu|xi|rho|tau|chi)(?![a-z]).*""",
+    re.X | re.S)
+RELATIONS, TURNED = "=≈∈≠<≤>≥", {">": "<", "≥": "≤"}       # 2 > x is x < 2
 OPERATORS = {   # binding power, meaning
-    **{sign: (2, partial(_join, sign)) for sign in "∪∩∖"}, ":": (3, partial(_join, ":")),
-    "+": (4, _plus), "-": (4, partial(_plus, sign=-ONE)), "*": (5, _times), "/": (5, _divide),
-    "^": (7, partial(_apply, sympy.Pow))}
+    "∪": (2, partial(_join, "∪")), "∩": (2, partial(_join, "∩")), "∖": (2, partial(_join, "∖")),
+    ":": (3, partial(_join, ":")), "+": (4, _plus), "-": (4, _minus), "*": (5, _times),
+    "/": (5, _divide), "^": (7, partial(_apply, sympy.Pow))}
+PRODUCT, SIGN = 5, 6        # the binding powers of 2x and of -x
 CLOSING = {"(": ")]", "[": "])", "\\{": ["\\}"], "{": "}", "⌊": "⌋", "⌈": "⌉", "⟨": "⟩", "|": "|",
            "⟦": "⟧"}
 ROUND = {"|": sympy.Abs, "⌊": sympy.floor, "⌈": sympy.ceiling}
@@ -831,72 +978,98 @@ class Parser:
 
     def __init__(self, tokens):
         self.tokens, self.at, self.depth = [*tokens, "", ""], 0, 0
-        self.bars = self.angle = self.degrees = False   # in |...|; in sin(...); a ° elsewhere
+        self.in_bars = False    # whether a bar closes |...| or opens it
+        self.in_angle = False   # whether a degree sign converts to radians or is a unit,
+        self.degrees = False    # and whether there was one that is a unit
 
-    next = property(lambda self: self.tokens[self.at])
+    @property
+    def next(self):
+        return self.tokens[self.at]
 
     def accept(self, wanted):
-        token = self.next if self.next and self.next in wanted else ""
-        self.at += bool(token)
+        """The next token, stepped over, if it is among those wanted; else ""."""
+        token = self.next
+        if not token or token not in wanted:
+            return ""
+        self.at += 1
         return token
 
     def listing(self):
-        """item {"," item}; the conditions in "x > 2 and x < 5" hold together."""
-        items, joints = [self.item()], set()
+        """A value, or the values between commas as one Node."""
+        items, joints = [self.relation()], set()
         while joint := self.accept(",∧"):
-            joints.add(self.accept("∧") or joint)
-            items.append(self.item())
+            joints.add(self.accept("∧") or joint)       # "a, and b"
+            items.append(self.relation())
         if len(items) > MAX_ITEMS:
             raise Refused
-        both = joints == {"∧"} and all(_kind(item) in "<≤≠" for item in items)
-        return items[0] if len(items) == 1 else Node("∩" if both else ",", tuple(items))
+        if len(items) == 1:
+            return items[0]
+        conditions = all(_kind(item) in "<≤≠∩" for item in items)
+        both = conditions and joints == {"∧"}           # x > 2 and x < 5
+        return Node("∩" if both else ",", tuple(items))
 
-    def item(self):
+    def relation(self):
         """a < b < c is two relations, a = b = c is a = c, and 10/3 ≈ 3.33 is 10/3."""
         sides, signs = [self.expression()], []
         while sign := self.accept(RELATIONS):
             signs.append(sign)
             sides.append(self.expression())
-        if "≈" in signs:
+        if "≈" in signs:        # x ≈ 3.33 is x = 3.33
             keep = signs.index("≈") or int(getattr(sides[0], "is_Symbol", False))
             signs, sides = ["="] * keep, sides[:keep + 1]
+        if not signs:
+            return sides[0]
         if set(signs) == {"="}:
             return Node("=", (sides[0], sides[-1]))
-        links = [Node(RELATIONS[sign], pair[::-1] if sign in ">≥" else pair)
-                 for sign, pair in zip(signs, itertools.pairwise(sides), strict=True)]
-        return [*links, sides[0]][0] if len(links) < 2 else Node("∩", tuple(links))
+        links = []
+        for sign, (left, right) in zip(signs, itertools.pairwise(sides), strict=True):
+            pair = (right, left) if sign in TURNED else (left, right)
+            links.append(Node(TURNED.get(sign, sign), pair))
+        return links[0] if len(links) == 1 else Node("∩", tuple(links))
 
     def expression(self, floor=0):
+        """Factors joined by all operators that bind more tightly than floor."""
         left = self.prefix()
         while True:
-            token = self.next
-            implicit = (5, _times) if self.starts_factor() else (0, None)
-            power, build = OPERATORS.get(token, implicit)
-            if self.accept("!") and self.next != "!":
+            if self.accept("!"):
+                if self.next == "!":        # n!! is not (n!)!
+                    raise Refused
                 left = _apply(sympy.factorial, left)
-            elif self.accept("°"):
-                self.degrees |= not self.angle
-                left = _times(left, sympy.pi / 180) if self.angle else left
-            elif power <= floor:
+                continue
+            if self.accept("°"):        # sin(30°) is 1/2, but an angle of 30° is the number 30
+                self.degrees |= not self.in_angle
+                left = _times(left, sympy.pi / 180) if self.in_angle else left
+                continue
+            implicit = (PRODUCT, _times) if self.starts_factor() else (0, None)
+            power, build = OPERATORS.get(self.next, implicit)
+            if power <= floor:
                 return left
-            else:
-                self.at += token in OPERATORS
-                before, after = self.tokens[self.at - 1], self.tokens[self.at + 1]
-                if token[0] in ".0123456789" and before not in (")", "!") and not (
-                        before.isalpha() and after == "^"):
-                    raise Refused       # 2 3 is not 6, but n2^n is n * 2^n
-                left = build(left, self.expression(power - (token == "^")))
+            operator = self.accept(OPERATORS)
+            if not operator:
+                self.check_product()
+            left = build(left, self.expression(power - (operator == "^")))      # 2^3^2 = 2^9
 
     def starts_factor(self):
+        """Whether the next token can begin the second factor of a product like 2x or 2(x + 1)."""
         token = self.next
-        return token[:1].isalnum() or token[:1] in (".", "\\") and token != "\\}" or (
-            token in CLOSING and not (token == "|" and self.bars))
+        if token == "|":
+            return not self.in_bars
+        return token in CLOSING or token[:1].isalnum() or (
+            token[:1] in (".", "\\") and token != "\\}")
+
+    def check_product(self):
+        """2 3 is not 6, nor is x 3 a product, but n2^n is n * 2^n."""
+        before, token, after = self.tokens[self.at - 1:self.at + 2]
+        power = before.isalpha() and after == "^"
+        if token[0] in ".0123456789" and before not in (")", "!") and not power:
+            raise Refused
 
     def prefix(self):
+        """A factor: number, name, bracket, function, with its sign."""
         token = self.next
         self.at += 1
-        if token in ("+", "-"):
-            return _times(self.expression(6), -ONE if token == "-" else ONE)
+        if token in ("+", "-"):         # -x^2 is -(x^2)
+            return _times(self.expression(SIGN), -ONE if token == "-" else ONE)
         if token in CONSTANTS:
             return CONSTANTS[token]
         if token in CLOSING:
@@ -904,12 +1077,14 @@ class Parser:
         if token in FUNCTIONS:
             return self.call(token)
         if token in ("\\frac", "\\binom"):
-            build = _divide if token == "\\frac" else _binomial
-            return build(self.argument(), self.argument())
+            a, b = self.argument(), self.argument()
+            return _divide(a, b) if token == "\\frac" else _binomial(a, b)
         if token == "\\sqrt":
             index = self.group("[") if self.accept("[") else TWO
             return _apply(sympy.Pow, self.prefix(), _divide(ONE, index))
-        if NAME.fullmatch(token) and (token[0] != '"' or self.next == "=" or len(token) == 3):
+        if token[:1] == '"' and self.next != "=" and len(token) > 3:    # "Area" = 5
+            raise Refused
+        if NAME.fullmatch(token):
             return sympy.Symbol(re.sub(r'[{}"\s]|^0(?=[0-9]:)', "", token))
         if token[:1] in (".", *"0123456789"):
             return _number(token)
@@ -924,14 +1099,18 @@ class Parser:
         return self.prefix()
 
     def group(self, opening):
-        outer, self.bars, self.depth = self.bars, opening == "|", self.depth + 1
+        """What stands between an opening bracket, already read, and its closing one."""
+        outer = self.in_bars
+        self.in_bars, self.depth = opening == "|", self.depth + 1
         if opening == "\\{" and self.tokens[self.at + 1] in ("|", ":"):     # {x : x > 2}
             self.at += 2
-        value = Node(",", ()) if opening + self.next == "\\{\\}" else self.listing()
+        empty = opening == "\\{" and self.next == "\\}"
+        value = Node(",", ()) if empty else self.listing()
         closing = self.accept(CLOSING[opening])
         if not closing or self.depth > MAX_DEPTH:
             raise Refused
-        self.bars, self.depth = outer, self.depth - 1
+        self.in_bars, self.depth = outer, self.depth - 1
+
         if opening in ROUND:
             return _apply(ROUND[opening], value)
         pair = (opening + closing).replace("\\", "")
@@ -943,22 +1122,25 @@ class Parser:
             raise Refused
         return value
 
-    def call(self, token):
+    def call(self, name):
         """\\sin^2 x, \\log_2 8, \\cos 2x: up to the next function, bracket or sign."""
-        base = sympy.Integer(10) if token == "\\lg" else None
-        base = self.argument() if self.accept("_") else base
-        exponent = self.expression(6) if self.accept("^") else ONE
-        if exponent == -1 and "\\arc" + token[1:] in FUNCTIONS:
-            token, exponent = "\\arc" + token[1:], ONE
-        outer, self.angle, bracket = self.angle, True, self.next in CLOSING
-        x = self.prefix() if bracket else self.expression(6)
-        while not bracket and self.starts_factor() and self.next not in (*FUNCTIONS, *CLOSING):
-            x = _times(x, self.expression(6))
+        base = self.argument() if self.accept("_") else None
+        exponent = self.expression(SIGN) if self.accept("^") else ONE
+        if exponent == -1 and "\\arc" + name[1:] in FUNCTIONS:      # \sin^{-1}
+            name, exponent = "\\arc" + name[1:], ONE
+        outer, self.in_angle = self.in_angle, True
+        if self.next in CLOSING:
+            x = self.prefix()
+        else:
+            x = self.expression(SIGN)
+            while self.starts_factor() and self.next not in (*FUNCTIONS, *CLOSING):
+                x = _times(x, self.expression(SIGN))
         if self.accept("°"):
             x = _times(x, sympy.pi / 180)
-        self.angle = outer
-        value = _apply(FUNCTIONS[token], x)
-        value = value if base is None else _divide(value, _apply(sympy.log, base))
+        self.in_angle = outer
+        value = _apply(FUNCTIONS[name], x)
+        if base is not None:
+            value = _divide(value, _apply(sympy.log, base))
         return value if exponent == 1 else _apply(sympy.Pow, value, exponent)
 
 
@@ -968,55 +1150,83 @@ def _readings(tokens):
     if count > 2:
         raise Refused
     for signs in itertools.product("+-", repeat=count):
-        sign = itertools.cycle(signs)
-        yield [next(sign) if token == "±" else "+-"[signs[0] == "+"] if token == "∓" else token
+        plus_minus = itertools.cycle(signs)
+        minus_plus = "-" if signs[:1] == ("+",) else "+"
+        yield [next(plus_minus) if token == "±" else minus_plus if token == "∓" else token
                for token in tokens]
 
 
-@lru_cache(512)
+class Parsed(NamedTuple):
+    value: sympy.Expr | Node | None     # None: outside the grammar
+    units: list
+    plain: str                          # to be compared where there is no value
+
+
+@lru_cache(512)     # the gold answer stands beside a whole group of responses
 def _parse(text):
-    """(value or None, units, the string to compare where there is no value)."""
+    """An answer's text -> Parsed; never raises."""
     plain, values = text, []
     try:
-        tokens, units, plain = _tokens(text)
-        for reading in _readings(tokens):
+        text = _respell(text)
+        plain = " ".join(filter(None, TOKEN.findall(text))).replace('"', "").casefold()
+        text, units = _split_units(text)
+        for reading in _readings(_tokenize(text)):
             parser = Parser(reading)
             values.append(parser.listing())
-            units = units or ["°"] * parser.degrees
             if parser.next:
                 raise Refused
+            if parser.degrees and not units:
+                units = ["°"]
     except Exception:   # Refused, or whatever sympy raises on what it was given
-        return None, [], plain
+        return Parsed(None, [], plain)
+    return Parsed(_both_signs(values), units, plain)
+
+
+def _both_signs(values):
+    """The values of all readings as one list, or one set: 1 ± 2 is the list 3, -1."""
+    first = values[0]
     if len(values) == 1:
-        return values[0], units, plain
-    kind = "{}" if _kind(values[0]) == "{}" else ","
-    items = [value.items if _kind(value) in ("{}", ",") else [value] for value in values]
-    return Node(kind, tuple(dict.fromkeys(itertools.chain(*items)))), units, plain
+        return first
+    items = []
+    for value in values:
+        items += value.items if _kind(value) in ("{}", ",") else [value]
+    return Node("{}" if _kind(first) == "{}" else ",", tuple(dict.fromkeys(items)))
 
 
-# Comparison
+# Comparison: are two values equal?
+#
+# simplify() has no time limit and knows too little; two formulas that agree to 75 digits at
+# scattered points are equal. Relations are compared by their two sides, or by the numbers that
+# satisfy them.
+
 NUMERIC = {     # what a tree may hold besides rationals and symbols, and how it is evaluated
-    sympy.pi: +MP.pi, sympy.E: +MP.e, sympy.I: MP.mpc(0, 1), sympy.ceiling: MP.ceil,
+    sympy.pi: +MP.pi, sympy.E: +MP.e, sympy.I: MP.mpc(0, 1),
+    sympy.Add: lambda *terms: sum(terms), sympy.Mul: lambda *factors: math.prod(factors),
+    sympy.Pow: lambda x, y: x ** y, sympy.Abs: abs, sympy.floor: MP.floor, sympy.ceiling: MP.ceil,
     **{getattr(sympy, name): getattr(MP, name) for name in (
-        "sin cos tan asin acos atan sinh cosh tanh exp log floor factorial").split()},
-    sympy.cot: lambda x: 1 / MP.tan(x), sympy.sec: lambda x: 1 / MP.cos(x), sympy.Abs: abs,
-    sympy.csc: lambda x: 1 / MP.sin(x), sympy.Pow: lambda x, y: x ** y,
-    sympy.Add: lambda *x: sum(x), sympy.Mul: lambda *x: math.prod(x)}
+        "sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log factorial").split()}}
 
 
 def _evaluate(expr, point):
-    """expr at a point, to 100 digits; Refused where the value or its exponent is too large."""
+    """expr at a point {symbol: value}, to 100 digits.
+
+    Refused where a number gets too large: e^{e^{e^{10}}} would fill the memory with its exponent,
+    and sin(9^{9999}) would need that many digits of pi.
+    """
     if expr.is_Rational:
         return MP.mpf(expr.p) / expr.q
-    if expr in point or expr in NUMERIC:
-        return MP.mpf(point[expr]) if expr in point else NUMERIC[expr]
-    x, *y = values = [_evaluate(arg, point) for arg in expr.args]
+    if expr in point:
+        return MP.mpf(point[expr])
+    if expr in NUMERIC:
+        return NUMERIC[expr]
+    values = [_evaluate(arg, point) for arg in expr.args]
+    x = values[0]
     if expr.is_Pow:
-        if x and abs(y[0]) * (abs(MP.mag(x)) + 1) > MAX_BITS:
+        exponent = expr.exp
+        if x and abs(values[1]) * (abs(MP.mag(x)) + 1) > MAX_BITS:
             raise Refused
-        odd = expr.exp.is_Rational and expr.exp.q % 2       # cube roots are real
-        if odd and isinstance(x, MP.mpf) and x < 0:
-            return (-1) ** (expr.exp.p % 2) * (-x) ** y[0]
+        if exponent.is_Rational and exponent.q % 2 and isinstance(x, MP.mpf) and x < 0:
+            return (-1) ** (exponent.p % 2) * (-x) ** values[1]     # cube roots are real
     elif not (expr.is_Add or expr.is_Mul) and abs(x) > 10**5:
         raise Refused
     value = NUMERIC[expr.func](*values)
@@ -1030,13 +1240,21 @@ def _points(*exprs):
     symbols = sorted(set().union(*(expr.free_symbols for expr in exprs)), key=str)
     if any(expr.has(sympy.floor, sympy.ceiling) for expr in exprs):
         return [{symbol: n + 3 * k for k, symbol in enumerate(symbols)} for n in range(2, 40)]
-    # powers modulo a prime: in a regular pattern, x - 1 = f(x) and n + 1 = k were proportional
-    return [{symbol: sign * (-1) ** k * (1 + MP.mpf(pow(11, 9 * k + sign + 7, 1009)) / 1009)
-             for k, symbol in enumerate(symbols)} for sign in ([1, -1] if symbols else [1])]
+    points = []
+    for sign in [1, -1] if symbols else [1]:
+        point = {}
+        for k, symbol in enumerate(symbols):
+            # powers modulo a prime: in a regular pattern, x - 1 = f(x) and n + 1 = k held by chance
+            scattered = 1 + MP.mpf(pow(11, 9 * k + sign + 7, 1009)) / 1009
+            point[symbol] = sign * (-1) ** k * scattered
+        points.append(point)
+    return points
 
 
 def _close(a, b):
-    return abs(a - b) <= max(abs(a), abs(b), 1 if a == 0 or b == 0 else 0) * MP.mpf(10) ** -75
+    """Equal to 75 digits: of the larger one, or absolutely where one is zero."""
+    scale = max(abs(a), abs(b), int(a == 0 or b == 0))
+    return abs(a - b) <= scale * MP.mpf(10) ** -75
 
 
 def _equal(a, b):
@@ -1048,97 +1266,139 @@ def _equal(a, b):
 
 def _proportional(a, b):
     """Relations: left minus right side in a constant proportion, for < and ≤ a positive one."""
-    a_, b_ = (_plus(*node.items, sign=-ONE) for node in (a, b))
+    a_, b_ = _minus(*a.items), _minus(*b.items)
     values = [(_evaluate(a_, point), _evaluate(b_, point)) for point in _points(a_, b_)]
     x, y = max(values, key=lambda pair: abs(pair[1]))
-    if not x or not y or a.kind in "<≤" and not (MP.im(x / y) == 0 and MP.re(x / y) > 0):
+    if not x or not y:
+        return False
+    if a.kind in "<≤" and not (MP.im(x / y) == 0 and MP.re(x / y) > 0):
         return False
     return all(_close(one * y, other * x) for one, other in values)
-
-
-def _end(value):
-    """A break point of a region, rounded so that equal ones are identical."""
-    if isinstance(value, MP.mpc):
-        raise Refused
-    return MP.nint(value * 10**50) / 10**50
 
 
 INFINITE = {sympy.oo: MP.inf, -sympy.oo: -MP.inf}
 COMBINE = {"∪": any, ",": any, "∩": all, "∖": lambda inside: inside[0] and not inside[1]}
 
 
+class Region(NamedTuple):
+    """A set of reals. Between two neighbouring ends membership does not change."""
+
+    symbols: set
+    ends: set
+    contains: Callable
+
+
 def _region(node):
-    """(symbols, break points, membership test) of an interval, union, linear inequality ..."""
-    kind, items = node if isinstance(node, Node) else (node, ())
-    if kind == REALS:
-        return set(), set(), lambda x: True
+    """The Region of an interval, a set, a union, a linear inequality ...; else Refused."""
+    kind, items = node if isinstance(node, Node) else ("scalar", ())
+    if node == REALS:
+        return Region(set(), set(), lambda x: True)
     if kind in ("()", "(]", "[)", "[]", "{}"):
-        ends = [INFINITE[x] if x in INFINITE else _end(_evaluate(x, {})) for x in items]
-        if kind == "{}":
-            return set(), set(ends), lambda x: x in ends
-        closed = [ends[k] for k in (0, -1) if kind[k] in "[]"]
-        if len(ends) == 2 and ends[0] < ends[1] and not any(map(MP.isinf, closed)):
-            return set(), set(ends), lambda x: ends[0] < x < ends[1] or x in closed
-    elif kind == "∈":
-        return {items[0]}, *_region(items[1])[1:]
-    elif kind in COMBINE and (kind != "," or all(_kind(item) in "<≤≠∩" for item in items)):
-        symbols, points, tests = zip(*map(_region, items), strict=True)
-        return set().union(*symbols), set().union(*points), (
-            lambda x: COMBINE[kind]([test(x) for test in tests]))
-    elif kind in ("<", "≤") and any(isinstance(item, sympy.Abs) for item in items):
-        if isinstance(items[0], sympy.Abs):     # |x| < c: -c < x and x < c
-            joint, (x,), c = "∩", items[0].args, items[1]
-            ends = (_times(c, -ONE), x), (x, c)
-        else:                                   # c < |x|: x < -c or c < x
-            joint, (x,), c = "∪", items[1].args, items[0]
-            ends = (x, _times(c, -ONE)), (c, x)
-        return _region(Node(joint, tuple(Node(kind, pair) for pair in ends)))
-    elif kind in ("<", "≤", "≠"):
-        difference = _plus(*items, sign=-ONE)
-        symbols = difference.free_symbols
-        at = [_evaluate(difference, dict.fromkeys(symbols, n)) for n in range(4)]
-        slope = at[1] - at[0]
-        if len(symbols) == 1 and slope and all(
-                _close(b - a, slope) for a, b in itertools.pairwise(at)):
-            root = _end(-at[0] / slope)
-            return symbols, {root}, lambda x: (
-                x != root if kind == "≠" else slope * (x - root) < 0 or kind == "≤" and x == root)
+        return _interval(kind, items)
+    if kind == "∈":
+        name, region = items
+        return _region(region)._replace(symbols={name})
+    if kind in COMBINE and (kind != "," or all(_kind(item) in "<≤≠∩" for item in items)):
+        symbols, ends, tests = zip(*map(_region, items), strict=True)
+        return Region(set().union(*symbols), set().union(*ends),
+                      lambda x: COMBINE[kind]([test(x) for test in tests]))
+    if kind in ("<", "≤") and any(isinstance(item, sympy.Abs) for item in items):
+        return _region(_without_abs(kind, *items))
+    if kind in ("<", "≤", "≠"):
+        return _half_line(kind, _minus(*items))
     raise Refused
 
 
+def _interval(kind, items):
+    ends = [INFINITE[x] if x in INFINITE else _end(_evaluate(x, {})) for x in items]
+    if kind == "{}":
+        return Region(set(), set(ends), lambda x: x in ends)
+    if len(ends) != 2:      # (1, 2, 3) is a tuple
+        raise Refused
+    low, high = ends
+    closed = {end for end, bracket in zip(ends, kind, strict=True) if bracket in "[]"}
+    if low >= high or closed & {MP.inf, -MP.inf}:
+        raise Refused
+    return Region(set(), set(ends), lambda x: low < x < high or x in closed)
+
+
+def _end(value):
+    """An end of a region, rounded so that equal ones are identical."""
+    if isinstance(value, MP.mpc):
+        raise Refused
+    return MP.nint(value * 10**50) / 10**50
+
+
+def _without_abs(kind, left, right):
+    """|x| < c is -c < x and x < c; c < |x| is x < -c or c < x."""
+    if isinstance(left, sympy.Abs):
+        joint, (x,), c = "∩", left.args, right
+        pairs = (_times(c, -ONE), x), (x, c)
+    else:
+        joint, (x,), c = "∪", right.args, left
+        pairs = (x, _times(c, -ONE)), (c, x)
+    return Node(joint, tuple(Node(kind, pair) for pair in pairs))
+
+
+def _half_line(kind, difference):
+    """Where a linear difference < 0, ≤ 0 or ≠ 0."""
+    symbols = difference.free_symbols
+    values = [_evaluate(difference, dict.fromkeys(symbols, n)) for n in range(4)]
+    slope = values[1] - values[0]
+    linear = all(_close(b - a, slope) for a, b in itertools.pairwise(values))
+    if len(symbols) != 1 or not slope or not linear:
+        raise Refused
+    root = _end(-values[0] / slope)
+    if kind == "≠":
+        return Region(symbols, {root}, lambda x: x != root)
+    return Region(symbols, {root},
+                  lambda x: slope * (x - root) < 0 or kind == "≤" and x == root)
+
+
 def _same_region(a, b):
-    """Membership agrees at each break point, between them and beyond them."""
-    (x, points, inside), (y, more, within) = _region(a), _region(b)
-    ends = sorted(point for point in points | more | {MP.zero} if not MP.isinf(point))
+    """Membership agrees at each end, between two ends and beyond them."""
+    a, b = _region(a), _region(b)
+    ends = sorted({MP.zero} | a.ends | b.ends - set(INFINITE.values()))
+    ends = [end for end in ends if not MP.isinf(end)]
     middles = [(low + high) / 2 for low, high in itertools.pairwise(ends)]
-    tests = [ends[0] - 1, *ends, *middles, ends[-1] + 1]
-    return len(x | y) < 2 and all(inside(test) == within(test) for test in tests)
+    places = [ends[0] - 1, *ends, *middles, ends[-1] + 1]
+    one_symbol = len(a.symbols | b.symbols) < 2
+    return one_symbol and all(a.contains(x) == b.contains(x) for x in places)
 
 
 def _bare(node):
     """A value without its label: x = 5 is 5, x \\in \\{1, 2\\} the set, 3:4 a fraction."""
-    pair = isinstance(node, Node) and len(node.items) == 2
-    kind, (left, right) = node if pair else ("", (0, 0))
-    if kind == "=":
+    if not isinstance(node, Node) or len(node.items) != 2:
+        return node
+    left, right = node.items
+    if node.kind == "=":
         names = left.items if _kind(left) == "()" else (left,)
         if all(getattr(name, "is_Symbol", False) for name in names) or not left.free_symbols:
             return right
         return left if getattr(right, "is_Symbol", False) else node
-    if kind == "∈" and _kind(right) == "{}":
+    if node.kind == "∈" and _kind(right) == "{}":
         return right
-    return _divide(left, right) if kind == ":" else node
+    return _divide(left, right) if node.kind == ":" else node
 
 
 def _matched(items, others, repeats):
     """Each item equals one of the others; where repeats count, each a different one."""
     others = list(others)
     for item in items:
-        index = next((k for k, other in enumerate(others) if _same(item, other)), None)
-        if index is None:
+        partner = next((k for k, other in enumerate(others) if _same(item, other)), None)
+        if partner is None:
             return False
         if repeats:
-            del others[index]
+            del others[partner]
     return not (repeats and others)
+
+
+def _items(value):
+    return value.items if _kind(value) in (",", "{}") else (value,)
+
+
+# Kinds of which two different ones may hold the same numbers: x > 2, (2, oo), R \ (-oo, 2]
+REGIONS = set("∪∩∖∈<≤≠")
 
 
 def _same(a, b):
@@ -1148,34 +1408,51 @@ def _same(a, b):
     kind, kinds = _kind(a), {_kind(a), _kind(b)}
     if kinds == {"scalar"}:
         return _equal(a, b)
-    if kinds & {",", "{}"} and not kinds & set("∪∩∖∈<≤≠"):
-        items, others = (v.items if _kind(v) in (",", "{}") else (v,) for v in (a, b))
-        if "{}" in kinds:
-            return _matched(items, others, False) and _matched(others, items, False)
-        return _matched(items, others, True)
-    if kinds == {":"}:
+    if kinds & REGIONS:
+        return _same_relation(a, b)
+    if "{}" in kinds:       # {1, 1} is {1}
+        items, others = _items(a), _items(b)
+        return _matched(items, others, False) and _matched(others, items, False)
+    if "," in kinds:        # 1, 1 has two values
+        return _matched(_items(a), _items(b), True)
+    if len(kinds) > 1:      # (-oo, oo) is R
+        return _same_relation(a, b)
+    if kind == "=" and not any(isinstance(side, Node) for side in a.items + b.items):
+        return _proportional(a, b)
+    if kind == ":":         # 2:4 is 1:2
         a, b = (Node("()", tuple(_divide(x, v.items[0]) for x in v.items)) for v in (a, b))
-    if len(kinds) == 1 and kind not in "∪∩∖∈<≤≠":
-        if kind == "=" and not any(isinstance(side, Node) for side in a.items + b.items):
-            return _proportional(a, b)
-        return len(a.items) == len(b.items) and all(map(_same, a.items, b.items))
+    return len(a.items) == len(b.items) and all(map(_same, a.items, b.items))
+
+
+def _same_relation(a, b):
+    """Regions by their members; what is not linear, or in two symbols, by its two sides."""
     try:
         return _same_region(a, b)
     except Refused:
-        if len(kinds) > 1 or kind in "∪∖∈":
+        kind = _kind(a)
+        if kind != _kind(b) or kind in "∪∖∈":
             return False
-        return _matched(a.items, b.items, True) if kind == "∩" else _proportional(a, b)
+        if kind == "∩":
+            return _matched(a.items, b.items, True)
+        return _proportional(a, b)
 
+
+# The verdict
+#
+# Only "correct" earns the reward; the others are told apart in the log. Many "unparsed" mean that
+# the grammar lacks something, many "missing" that responses end before their answer.
 
 CHOICE = re.compile(        # (C) 42
     r"(?:\\text\w*\s*\{\s*)?\(([A-J])\)\s*\}?(?:\\[ ,;]|[\s:.])*(?=[^\s}])"
     r"(?!.*\([A-J]\))(.+)", re.S)
+LETTER = re.compile(r"\W*(?:text\w*)?\W*[A-J]\W*")
 
 
 def grade(response, gold) -> str:
-    """"correct", "wrong", "unparsed" (differs, but only strings could be compared) or "missing".
+    """The verdict on a response (text, boxed or not) beside a gold answer (text, usually LaTeX).
 
-    Total: any input, in bounded time, and nothing of it is evaluated as code.
+    "correct"; "wrong"; "unparsed": it differs, but only strings could be compared; "missing": no
+    answer or no gold. Total: any two objects, in bounded time, nothing of them evaluated as code.
     """
     answer = extract_answer(response)
     if not answer or not isinstance(gold, str) or not gold.strip():
@@ -1184,16 +1461,17 @@ def grade(response, gold) -> str:
         gold = extract_answer(gold) or gold
     if len(answer) <= MAX_ANSWER and answer.strip() == gold.strip():
         return "correct"
-    if choice := CHOICE.match(answer):
-        letter = re.fullmatch(r"\W*(?:text\w*)?\W*[A-J]\W*", gold)
-        answer = choice[1 if letter else 2].strip(" }")
-    (value, units, plain), (target, other, wanted) = _parse(answer), _parse(gold)
-    if value is None or target is None:
-        equal = sorted(plain.split(" , ")) == sorted(wanted.split(" , "))
-        return "correct" if equal else "unparsed"
+    if choice := CHOICE.match(answer):      # (C) 42 answers both C and 42
+        letter, content = choice.groups()
+        answer = letter if LETTER.fullmatch(gold) else content.strip(" }")
+    ours, theirs = _parse(answer), _parse(gold)
+    if ours.value is None or theirs.value is None:
+        same = sorted(ours.plain.split(" , ")) == sorted(theirs.plain.split(" , "))
+        return "correct" if same else "unparsed"
+    if ours.units and theirs.units and ours.units != theirs.units:
+        return "wrong"
     try:
-        compatible = not (units and other) or units == other
-        return "correct" if compatible and _same(value, target) else "wrong"
+        return "correct" if _same(ours.value, theirs.value) else "wrong"
     except Exception:   # a pole, or a number too large to evaluate
         return "unparsed"
 
@@ -1204,7 +1482,7 @@ def is_correct(response, gold) -> bool:
 
 
 def grade_batch(responses, golds, grader=grade) -> list[str]:
-    """Verdicts of a batch."""
+    """The verdict of each response on its gold answer; ValueError where the lengths differ."""
     return [grader(*pair) for pair in zip(responses, golds, strict=True)]
 
 

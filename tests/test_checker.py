@@ -1,10 +1,9 @@
 """The answer checker of rl.py: a table of pairs, the benchmarks' own golds, properties, hostile
-input, threads and processes. Run: python -m pytest tests/test_checker.py
+input, threads. Run: python -m pytest tests/test_checker.py
 """
 
 import json
 import multiprocessing
-import os
 import re
 import threading
 import time
@@ -15,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rl import extract_answer, grade, grade_batch, is_correct
+from rl import REWRITES, extract_answer, grade, grade_batch, is_correct
 
 HERE = Path(__file__).resolve().parent
 BENCHMARKS = ["gsm8k_test", "math500", "aime24", "aime25", "amc23", "olympiadbench"]
@@ -94,6 +93,16 @@ def test_verdicts(response, gold, verdict):
 )
 def test_extract_answer(response, answer):
     assert extract_answer(response) == answer
+
+
+# ------------------------------------------------------------------------------------ The rewriting
+def test_rewrites():
+    """Each row alone makes of its example what it says."""
+    names = [row.name for row in REWRITES]
+    assert len(names) == len(set(names))
+    for row in REWRITES:
+        assert row.before != row.after, row.name
+        assert re.sub(row.pattern, row.replacement, row.before) == row.after, row.name
 
 
 # ---------------------------------------------------------------------------- The benchmarks' golds
@@ -392,17 +401,6 @@ def test_not_a_string(value):
 
 
 # ---------------------------------------------------------------------------- Threads and processes
-def hang_on_5(response, gold):
-    time.sleep(600 if response == "5" else 0)
-    return grade(response, gold)
-
-
-def die_on_5(response, gold):
-    if response == "5":
-        os._exit(1)
-    return grade(response, gold)
-
-
 def test_threads():
     """Eight threads at once agree with one: no shared precision, no signals."""
     rows = ROWS[::9]
@@ -428,26 +426,10 @@ def test_process_pool():
 
 
 def test_grade_batch():
-    small = grade_batch(["\\boxed{5}", "\\boxed{6}", ""], ["5"] * 3)
-    assert small == ["correct", "wrong", "missing"]
-    rows, result = ROWS[:200], []
-    worker = threading.Thread(
-        target=lambda: result.extend(
-            grade_batch(
-                [row["response"] for row in rows], [row["gold"] for row in rows], processes=1
-            )
-        )
-    )
-    worker.start()
-    worker.join()
-    assert [verdict == "correct" for verdict in result] == [row["expected"] for row in rows]
+    three = grade_batch(["\\boxed{5}", "\\boxed{6}", ""], ["5"] * 3)
+    assert three == ["correct", "wrong", "missing"]
+    responses, golds = [row["response"] for row in ROWS], [row["gold"] for row in ROWS]
+    verdicts = grade_batch(responses, golds)
+    assert [verdict == "correct" for verdict in verdicts] == [row["expected"] for row in ROWS]
     with pytest.raises(ValueError):
         grade_batch(["5"], [])
-
-
-@pytest.mark.parametrize("grader", [hang_on_5, die_on_5])
-def test_grade_batch_outlives_its_workers(grader):
-    responses = [str(k) for k in range(9)]
-    verdicts = grade_batch(responses, responses, processes=1, patience=3.0, grader=grader)
-    assert verdicts == ["correct"] * 5 + ["timeout"] + ["correct"] * 3
-    assert grade_batch(responses, responses, grader=grade) == ["correct"] * 9  # fresh workers

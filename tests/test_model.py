@@ -325,7 +325,7 @@ def test_blocked_matrices_are_the_weights_of_now(dtype, tolerance):
     if not nano.can_block(ours.model.layers[0].mlp.up_proj.weight):
         pytest.skip("this CPU does not block")
     kinds = [type(module) for module in nano.blocked(ours).modules()]
-    assert kinds.count(nano.BlockedLinear) == 9 and torch.nn.Linear in kinds  # the MLPs', not q to o
+    assert kinds.count(nano.BlockedLinear) == 9 and torch.nn.Linear in kinds  # MLPs, not q to o
     assert not any(isinstance(module, nano.BlockedLinear) for module in ours.modules())
     for _ in range(2):  # weights that change between two generations: RL's refreshed copy
         logprobs, expected = [], []
