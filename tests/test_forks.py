@@ -87,7 +87,7 @@ def test_generation_is_the_training_forward(monkeypatch, prefill_tokens):
     monkeypatch.setattr(nano, "PREFILL_TOKENS", prefill_tokens)
     ours = randomize(tiny(full_layers=(1,)))
     for slots in (1, 4, None):
-        rollouts = generate(ours, PROMPTS, 12, 0.9, stop_ids={7, 8}, slots=slots, seed=1)
+        rollouts = generate(ours, PROMPTS[::-1], 12, 0.9, stop_ids={7, 8}, slots=slots, seed=1)
         for r in rollouts:
             ids = torch.tensor([r.prompt + r.tokens])
             logp = ours(ids[:, :-1], targets=ids[:, 1:], temperature=0.9)
