@@ -8,6 +8,9 @@ In the order of the file: the naive twin that defines the result; the PyTorch pa
 head dimensions that the kernels lack), linear in T; the Triton kernels; the two public functions,
 swa_attention and swa_decode, which choose between the paths.
 
+To change what a query sees: _in_window is the rule itself, for every path; _keys_seen and
+_queries_seen say which blocks the kernels visit; swa_decode says which slots of the ring count.
+
 Left out on purpose: dropout, ALiBi, soft-capping, attention sinks, paged caches, FP8, warp
 specialisation, autotuning (TILES is a fixed table) and second derivatives.
 
@@ -35,10 +38,12 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # ------------------------------------------------------------------------------ the naive twin
 
-def _visible(rows, cols, first, window, device):
-    """(rows, cols) bool: query r has index first + r, key c index c."""
-    i = torch.arange(first, first + rows, device=device)[:, None]
-    distance = i - torch.arange(cols, device=device)
+def _in_window(i, j, window):
+    """Whether query i sees key j, both counted in their own row: the rule, stated only here.
+
+    Takes anything that broadcasts, PyTorch's tensors as well as Triton's (see _in_window_jit).
+    """
+    distance = i - j
     return (distance >= 0) & (distance < window)
 
 
@@ -47,12 +52,16 @@ def swa_attention_reference(q, k, v, window=None, cu_seqlens=None):
 
     Arguments as in swa_attention. A NaN anywhere in k or v reaches every query of its head.
     """
-    T, H, D, S, Hkv = *q.shape[1:], *k.shape[1:3]
-    visible = _visible(T, S, S - T, S if window is None else window, q.device)
-    if cu_seqlens is not None:
-        row = torch.searchsorted(cu_seqlens[1:], torch.arange(T, device=q.device), right=True)
+    T, H, D = q.shape[1:]
+    S, Hkv = k.shape[1:3]
+    j = torch.arange(S, device=q.device)
+    i = j[S - T:]                                     # the queries are the last T of S positions
+    visible = _in_window(i[:, None], j, S if window is None else window)          # (T, S)
+    if cu_seqlens is not None:                        # then S = T: token t lies in packed row[t]
+        row = torch.searchsorted(cu_seqlens[1:], j, right=True)
         visible &= row[:, None] == row
-    k, v = (x.repeat_interleave(H // Hkv, dim=2) for x in (k, v))
+
+    k, v = (x.repeat_interleave(H // Hkv, dim=2) for x in (k, v))                 # (B, S, H, D)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * D ** -0.5
     p = scores.masked_fill(~visible, float("-inf")).softmax(dim=-1)
     return torch.einsum("bhts,bshd->bthd", p, v)
@@ -61,31 +70,52 @@ def swa_attention_reference(q, k, v, window=None, cu_seqlens=None):
 # ---------------------------------------------------------------------------- the PyTorch path
 
 def _sdpa(q, k, v, **mask):
+    """PyTorch's attention, which wants (B, H, T, D), in this file's layout (B, T, H, D)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask).transpose(1, 2)
 
 
 def _attention_torch(q, k, v, window):
-    """Blocks of C queries against the chunks of C keys that they see: linear in T at fixed W."""
+    """Blocks of C queries, each against the few chunks of C keys that it sees: linear in T.
+
+    Keys are cut where queries are cut. With C = 4, window = 7, 7 queries and 6 keys before them:
+
+        keys       0 1 | 2 3 4 5 | 6 7 8 9 | 10 11 12
+        queries                    6 7 8 9 | 10 11 12
+
+    Here reach = 2: the second block of queries sees its own chunk, the last, and two before it.
+    """
     T, S = q.shape[1], k.shape[1]
     window = S if window is None else min(window, S)
     if window == S == T:
         return _sdpa(q, k, v, is_causal=True)
+
     C = min(max(window, 32), 128)                     # measured: small windows want small blocks
-    past = min(S - T, window - 1)                     # keys before the first query that it can see
-    k, v = k[:, S - T - past:], v[:, S - T - past:]
+    old = min(S - T, window - 1)                      # keys before the first query that it can see
+    k, v = (x[:, S - T - old:] for x in (k, v))                         # (B, old + T, Hkv, D)
+
     # split, not slices: its backward is one concatenation, whereas each slice's backward would fill
     # a gradient of the whole length, which is quadratic in T.
-    sizes = [past % C] * (past % C > 0) + [C] * (past // C + T // C) + [T % C] * (T % C > 0)
-    ks, vs = k.split(sizes, dim=1), v.split(sizes, dim=1)
-    back, first = -(-(window - 1) // C), -(-past // C)                # whole chunks
-    mask, out = _visible(C, (back + 1) * C, back * C, window, q.device), []
-    for n, b_q in enumerate(q.split(C, dim=1), start=first):
-        b_k, b_v = (torch.cat(x[max(0, n - back):n + 1], dim=1) for x in (ks, vs))
-        end = back * C + b_q.shape[1]                 # the mask's columns, aligned on the right
-        b_mask = mask[:b_q.shape[1], end - b_k.shape[1]:end]
-        out.append(_sdpa(b_q, b_k, b_v, attn_mask=b_mask))
-    return torch.cat(out, dim=1)
+    lengths = [old % C] + [C] * (old // C + T // C) + [T % C]
+    lengths = [length for length in lengths if length > 0]
+    k_chunks = k.split(lengths, dim=1)
+    v_chunks = v.split(lengths, dim=1)
+    old_chunks = -(-old // C)                         # rounded up
+    reach = -(-(window - 1) // C)                     # chunks before its own that a block sees
+
+    # One mask for all blocks: C queries, their own chunk of keys and the `reach` chunks before it.
+    j = torch.arange((reach + 1) * C, device=q.device)
+    mask = _in_window(j[reach * C:, None], j, window)                   # (C, (reach + 1) * C)
+    outs = []
+    for own, b_q in enumerate(q.split(C, dim=1), start=old_chunks):
+        seen = slice(max(0, own - reach), own + 1)
+        b_k = torch.cat(k_chunks[seen], dim=1)
+        b_v = torch.cat(v_chunks[seen], dim=1)
+        # The first blocks have fewer keys before them, the last fewer queries and keys of its own.
+        rows, columns = b_q.shape[1], b_k.shape[1]
+        end = reach * C + rows
+        outs.append(_sdpa(b_q, b_k, b_v, attn_mask=mask[:rows, end - columns:end]))
+    return torch.cat(outs, dim=1)
 
 
 def _packed_torch(q, k, v, window, cu_seqlens):
@@ -93,45 +123,62 @@ def _packed_torch(q, k, v, window, cu_seqlens):
 
     Causality hides the padding, so it needs no mask, and it costs at most a factor of two.
     """
-    starts, lengths, groups = cu_seqlens.tolist(), cu_seqlens.diff().tolist(), {}
-    for n, length in enumerate(lengths):
-        if length:
-            groups.setdefault(length.bit_length(), []).append(n)
-    outs, order = [], []
-    for rows in groups.values():
-        start, length = (torch.tensor([x[n] for n in rows])[:, None] for x in (starts, lengths))
-        t = torch.arange(int(length.max()))
-        token = start + torch.minimum(t, length - 1)  # padding repeats the row's own last token
-        real = (t < length).flatten().nonzero()[:, 0].to(q.device)
-        index = token.flatten().to(q.device)
-        batch = (x[0].index_select(0, index).unflatten(0, token.shape) for x in (q, k, v))
-        outs.append(_attention_torch(*batch, window).flatten(0, 1).index_select(0, real))
-        order.append(index[real])
-    return torch.cat(outs).index_select(0, torch.cat(order).argsort())[None]
+    starts, lengths = cu_seqlens.tolist(), cu_seqlens.diff().tolist()
+    rows_by_size = {}
+    for row, length in enumerate(lengths):
+        if length > 0:
+            rows_by_size.setdefault(length.bit_length(), []).append(row)
+
+    outs, places = [], []
+    for rows in rows_by_size.values():
+        start = torch.tensor([starts[row] for row in rows])[:, None]    # (R, 1)
+        length = torch.tensor([lengths[row] for row in rows])[:, None]
+        t = torch.arange(int(length.max()))                             # (L,)
+        # Padding repeats the row's own last token, so that no other row's NaN comes in.
+        token = start + torch.minimum(t, length - 1)                    # (R, L)
+        token = token.flatten().to(q.device)
+        real = (t < length).flatten().nonzero()[:, 0].to(q.device)      # which of R * L
+        batch = (x[0].index_select(0, token).unflatten(0, (len(rows), -1)) for x in (q, k, v))
+        o = _attention_torch(*batch, window).flatten(0, 1)              # (R * L, H, D)
+        outs.append(o.index_select(0, real))
+        places.append(token[real])
+    order = torch.cat(places).argsort()               # back into the order of the tokens
+    return torch.cat(outs).index_select(0, order)[None]
 
 
 def _decode_torch(q, k, v, position):
+    """q (B, H, D) against the ring's slots 0 .. position; later ones of k and v are not written."""
     S = k.shape[1]
     if not q.is_cuda:                                 # on a GPU a look at the values is a host sync
         S = min(S, int(position.max()) + 1)           # the used part of a long cache
         k, v = k[:, :S], v[:, :S]
-    stale = torch.arange(S, device=q.device) > position[:, None]                    # (B, S)
+    stale = torch.arange(S, device=q.device) > position[:, None]        # (B, S)
     q = q.unflatten(1, (k.shape[2], -1))              # (B, Hkv, G, D): a group's heads as queries
 
     def attend(k, v):
-        return F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2),
-                                              attn_mask=~stale[:, None, None])
+        k, v = k.transpose(1, 2), v.transpose(1, 2)                     # (B, Hkv, S, D)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=~stale[:, None, None])
 
     o = attend(k, v)
     if q.is_cuda or o.isnan().any():                  # a stale slot's NaN; cleaning copies k and v
         o = attend(*(x.masked_fill(stale[:, :, None, None], 0) for x in (k, v)))
-    return o.flatten(1, 2)
+    return o.flatten(1, 2)                            # (B, H, D)
 
 
 # ------------------------------------------------------------------------------------- kernels
 # Names: i_ program index, p_ pointer, o_ offsets, m_ mask, b_ block held in registers, s_ stride.
-# Softmax is in base 2, exp2(s * scale * log2(e)), and so is the stored LSE. Everything is summed in
-# fp32; fp32 inputs are multiplied as such ("ieee"), never as tf32.
+#
+# Arguments that all kernels share, in this order:
+#   tensors       q (B, T, H, D), k and v (B, S, Hkv, D) with any strides but a dense D; what the
+#                 kernels write is dense. lse and delta (B, H, T) are fp32.
+#   cu_seqlens, N, T, S, W        packing, its rows (0: none), queries, keys, window
+#   scale         D**-0.5
+#   s_qb s_qt s_qh, s_kb ...      elements from one batch row, token, head to the next
+#   G             query heads to a key head
+#   D, BD, BM, BN head dimension, the same padded to a power of two, queries and keys of a block
+#
+# Softmax is in base 2, as the hardware computes: exp(x) = exp2(x * log2(e)), so the scores' factor
+# is scale * LOG2E. The stored LSE is in base 2 as well.
 
 def _jit(fn):
     """No variants by the divisibility of sizes: prompts of any length share one compiled kernel."""
@@ -139,6 +186,19 @@ def _jit(fn):
 
 
 LOG2E = tl.constexpr(1.4426950408889634) if triton else None
+_in_window_jit = _jit(_in_window)                     # the same source, compiled
+
+
+@_jit
+def _dot(a, b, acc=None):
+    """acc + a @ b, summed in fp32; fp32 inputs are multiplied as such, not rounded to tf32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@_jit
+def _at(p, i_b, i_t, i_h, s_b, s_t, s_h):
+    """Pointer to x[i_b, i_t, i_h, 0]. The indices are 64 bits wide: T * H * D can pass 2^31."""
+    return p + (i_b * s_b + i_t * s_t + i_h * s_h)
 
 
 @_jit
@@ -149,25 +209,29 @@ def _load(p, start, end, stride, R: tl.constexpr, D: tl.constexpr, BD: tl.conste
     Zero because a probability of 0 times what lies there, another sequence or a stale slot, would
     be NaN if that is NaN. FULL promises that all rows exist.
     """
-    o_r, o_d = tl.arange(0, R)[:, None], tl.arange(0, BD)[None, :]
-    p += tl.cast(start, tl.int64) * stride            # 64 bits: T * H * D can pass 2^31
+    o_r = tl.arange(0, R)[:, None]
+    o_d = tl.arange(0, BD)[None, :]
+    p += tl.cast(start, tl.int64) * stride            # 64 bits: see _at
     if FULL and D == BD:
         b_x = tl.load(p + o_r * stride + o_d)
     else:
-        b_x = tl.load(p + o_r * stride + o_d, mask=(start + o_r < end) & (o_d < D), other=0.0)
+        m_x = (start + o_r < end) & (o_d < D)
+        b_x = tl.load(p + o_r * stride + o_d, mask=m_x, other=0.0)
     return b_x
 
 
 @_jit
 def _store(p, start, end, stride, b_x, R: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    o_r, o_d = tl.arange(0, R)[:, None], tl.arange(0, BD)[None, :]
+    """The counterpart of _load: writes nothing from row `end` and from column D on."""
+    o_r = tl.arange(0, R)[:, None]
+    o_d = tl.arange(0, BD)[None, :]
     p += tl.cast(start, tl.int64) * stride
     m_x = (start + o_r < end) & (o_d < D)
     tl.store(p + o_r * stride + o_d, b_x.to(p.dtype.element_ty), mask=m_x)
 
 
 @_jit
-def _row(cu_seqlens, N, T, S, i, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+def _locate(cu_seqlens, N, T, S, i, BLOCK: tl.constexpr, PACKED: tl.constexpr):
     """Where block i lies: first token, queries and keys of its row, and its start inside the row.
 
     Packed row n owns the blocks from cu[n] // BLOCK + n on, as many as it needs or one more. So a
@@ -175,227 +239,326 @@ def _row(cu_seqlens, N, T, S, i, BLOCK: tl.constexpr, PACKED: tl.constexpr):
     """
     first = 0
     if PACKED:
-        n, end = 0, N
+        n, end = 0, N                                 # the row lies in n .. end - 1
         while end - n > 1:
-            mid = (n + end) // 2
-            m_left = tl.load(cu_seqlens + mid) // BLOCK + mid > i
-            n, end = tl.where(m_left, n, mid), tl.where(m_left, mid, end)
+            middle = (n + end) // 2
+            m_before = tl.load(cu_seqlens + middle) // BLOCK + middle > i
+            n = tl.where(m_before, n, middle)
+            end = tl.where(m_before, middle, end)
         first = tl.load(cu_seqlens + n)
         T = tl.load(cu_seqlens + n + 1) - first
-        S, i = T, i - first // BLOCK - n
+        S = T
+        i -= first // BLOCK + n
     return tl.cast(first, tl.int64), T, S, i * BLOCK
 
 
+# Which blocks a program visits. Queries 12 .. 15 (a block of BM = 4) against the keys in blocks of
+# BN = 4 with W = 12; x marks a pair that is seen:
+#
+#                 0       4       8       12      16
+#     query 12    . x x x|x x x x|x x x x|x . . .|        lo      = 0    start of the first block
+#           13    . . x x|x x x x|x x x x|x x . .|        full_lo = 4    start and
+#           14    . . . x|x x x x|x x x x|x x x .|        full_hi = 12   end of the full blocks
+#           15    . . . .|x x x x|x x x x|x x x x|        hi      = 16   end of the last key
+#     FULL, e      0, 0    1, 0    1, 1    0, 1
+#
+# Only the edges, at the window's left end and at the diagonal, need a mask. Full blocks run without
+# its code, in a pass of their own: `for FULL in tl.static_range(2)` compiles the loop's body twice,
+# first for the edges, then for the full blocks. Both edges share one loop (two would be one more
+# copy of the body), which hops over the full blocks. So a pass counts its blocks, e = 0, 1, ...:
+# _block_count says how many there are, _block_start where the e-th begins.
+#
+# Query 15 sees nothing in the first block that it meets: such rows need care in the softmax.
+#
+# dK and dV turn the picture: keys 4 .. 7 against the queries. The diagonal is now on the left:
+#
+#                 4       8       12      16      20
+#     key 4       x x x x|x x x x|x x x x|. . . .|        lo      = 4
+#         5       . x x x|x x x x|x x x x|x . . .|        full_lo = 8
+#         6       . . x x|x x x x|x x x x|x x . .|        full_hi = 16
+#         7       . . . x|x x x x|x x x x|x x x .|        hi      = 19
+
 @_jit
-def _key_range(i0, S, W, BM: tl.constexpr, BN: tl.constexpr):
-    """Queries i0 .. i0 + BM see keys in [lo, hi), and each of them all in [full_lo, full_hi)."""
-    lo = tl.maximum(i0 - W + 1, 0) // BN * BN
-    full_hi = (i0 + 1) // BN * BN
-    full_lo = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(i0 + BM - W, 0), BN) * BN, full_hi), lo)
-    return lo, full_lo, full_hi, tl.minimum(i0 + BM, S)
+def _keys_seen(i0, S, W, BM: tl.constexpr, BN: tl.constexpr):
+    """(lo, full_lo, full_hi, hi) for the queries i0 .. i0 + BM, counted as keys are."""
+    lo = tl.maximum(i0 - W + 1, 0) // BN * BN                 # the first query's oldest key
+    full_hi = (i0 + 1) // BN * BN                             # to the first query's own key
+    full_lo = tl.cdiv(tl.maximum(i0 + BM - W, 0), BN) * BN    # from the last query's oldest key
+    full_lo = tl.maximum(tl.minimum(full_lo, full_hi), lo)    # where no block is full: empty
+    hi = tl.minimum(i0 + BM, S)                               # to the last query's own key
+    return lo, full_lo, full_hi, hi
 
 
 @_jit
-def _query_range(j0, T, S, W, BM: tl.constexpr, BN: tl.constexpr):
-    """The same, seen from the keys j0 .. j0 + BN, in rows of q: row t has the index S - T + t."""
-    t0 = j0 - (S - T)
+def _queries_seen(j0, T, S, W, BM: tl.constexpr, BN: tl.constexpr):
+    """The same for the keys j0 .. j0 + BN, in rows of q: row t has the index S - T + t."""
+    t0 = j0 - (S - T)                                         # the first key's own query
     lo = tl.maximum(t0, 0) // BM * BM
-    full_hi = tl.maximum(tl.minimum(tl.maximum(t0 + W, 0), T) // BM * BM, lo)
-    full_lo = tl.maximum(tl.minimum(tl.cdiv(tl.maximum(t0 + BN - 1, 0), BM) * BM, full_hi), lo)
-    return lo, full_lo, full_hi, tl.maximum(tl.minimum(t0 + BN - 1 + W, T), lo)
+    full_hi = tl.minimum(tl.maximum(t0 + W, 0), T)            # to the first key's last query
+    full_hi = tl.maximum(full_hi // BM * BM, lo)
+    full_lo = tl.cdiv(tl.maximum(t0 + BN - 1, 0), BM) * BM    # from the last key's first query
+    full_lo = tl.maximum(tl.minimum(full_lo, full_hi), lo)
+    hi = tl.minimum(t0 + BN - 1 + W, T)                       # to the last key's last query
+    hi = tl.maximum(hi, lo)                                   # keys too old for all: empty
+    return lo, full_lo, full_hi, hi
 
 
 @_jit
-def _count(lo, full_lo, full_hi, hi, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    return (full_hi - full_lo) // BLOCK if FULL else \
-        (full_lo - lo) // BLOCK + tl.cdiv(hi - full_hi, BLOCK)
+def _block_count(seen, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Blocks of a pass: the full ones, or those of both edges."""
+    lo, full_lo, full_hi, hi = seen
+    if FULL:
+        count = (full_hi - full_lo) // BLOCK
+    else:
+        count = (full_lo - lo) // BLOCK + tl.cdiv(hi - full_hi, BLOCK)
+    return count
 
 
 @_jit
-def _start(e, lo, full_lo, full_hi, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """Start of the e-th block: among the full ones, or among those of both edges."""
-    left = full_lo if FULL else lo + tl.where(lo + e * BLOCK < full_lo, 0, full_hi - full_lo)
-    return left + e * BLOCK
+def _block_start(seen, e, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Start of a pass's e-th block."""
+    lo, full_lo, full_hi, hi = seen
+    if FULL:
+        start = full_lo + e * BLOCK
+    else:
+        hop = tl.where(lo + e * BLOCK < full_lo, 0, full_hi - full_lo)
+        start = lo + hop + e * BLOCK
+    return start
 
 
 @_jit
-def _forward(q, k, v, o, lse, cu_seqlens, N, T, S, W, scale, s_qb, s_qt, s_qh, s_kb, s_kt, s_kh,
-             s_vb, s_vt, s_vh, G, D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr,
-             BN: tl.constexpr, PACKED: tl.constexpr):
-    """BM queries of one head. Grid (blocks, H, B); last blocks first, they may have most keys."""
-    i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    H, total = tl.num_programs(1), T
+def _forward(q, k, v, o, lse,
+             cu_seqlens, N, T, S, W, scale,
+             s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, G,
+             D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+             PACKED: tl.constexpr):
+    """BM queries of one head. Grid (blocks, H, B); last blocks first, they may have most keys.
+
+    Online softmax (FlashAttention-2, algorithm 1): b_m is the largest score so far, b_l the sum of
+    exp2(score - b_m), b_o that of exp2(score - b_m) * v; a new maximum shrinks what is summed.
+    """
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    first, T, S, m0 = _row(cu_seqlens, N, T, S, i_m, BM, PACKED)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    H, T_all = tl.num_programs(1), T                  # T and S become those of the packed row
+    first, T, S, m0 = _locate(cu_seqlens, N, T, S, i_m, BM, PACKED)
     if m0 >= T:
         return
-    q += i_b * s_qb + first * s_qt + i_h * s_qh
-    k += i_b * s_kb + first * s_kt + i_h // G * s_kh
-    v += i_b * s_vb + first * s_vt + i_h // G * s_vh
-    i0, scale = m0 + S - T, scale * LOG2E
+    q = _at(q, i_b, first, i_h, s_qb, s_qt, s_qh)
+    k = _at(k, i_b, first, i_h // G, s_kb, s_kt, s_kh)
+    v = _at(v, i_b, first, i_h // G, s_vb, s_vt, s_vh)
+    i0 = m0 + S - T                                   # the first query's index among the keys
+    scale2 = scale * LOG2E
+
     b_q = _load(q, m0, T, s_qt, BM, D, BD, False)
     b_o = tl.zeros([BM, BD], tl.float32)
     b_m = tl.full([BM], float("-inf"), tl.float32)
     b_l = tl.zeros([BM], tl.float32)
-    lo, full_lo, full_hi, hi = _key_range(i0, S, W, BM, BN)
-    for FULL in tl.static_range(2):                   # blocks with a mask first, then those without
-        for e in range(_count(lo, full_lo, full_hi, hi, BN, FULL)):
-            n = _start(e, lo, full_lo, full_hi, BN, FULL)
-            b_k = _load(k, n, S, s_kt, BN, D, BD, FULL)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # (BM, BD) @ (BD, BN)
+    seen = _keys_seen(i0, S, W, BM, BN)
+    for FULL in tl.static_range(2):                   # the edges, then the full blocks
+        for e in range(_block_count(seen, BN, FULL)):
+            j0 = _block_start(seen, e, BN, FULL)
+            b_k = _load(k, j0, S, s_kt, BN, D, BD, FULL)
+            b_s = _dot(b_q, tl.trans(b_k))                                  # (BM, BD) @ (BD, BN)
             if not FULL:
-                b_d = (i0 + tl.arange(0, BM))[:, None] - (n + tl.arange(0, BN))[None, :]
-                b_s = tl.where((b_d >= 0) & (b_d < W), b_s, float("-inf"))
-            b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale)
+                o_i = (i0 + tl.arange(0, BM))[:, None]
+                o_j = (j0 + tl.arange(0, BN))[None, :]
+                b_s = tl.where(_in_window_jit(o_i, o_j, W), b_s, float("-inf"))
+            b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale2)
             # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
             b_ref = b_max if FULL else tl.where(b_max == float("-inf"), 0.0, b_max)
-            b_p = tl.exp2(b_s * scale - b_ref[:, None])
+            b_p = tl.exp2(b_s * scale2 - b_ref[:, None])
             b_shrink = tl.exp2(b_m - b_ref)
-            b_m, b_l = b_max, b_l * b_shrink + tl.sum(b_p, 1)
-            b_v = _load(v, n, S, s_vt, BN, D, BD, FULL)               # (BM, BN) @ (BN, BD)
-            b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], input_precision="ieee")
-    o += ((i_b * total + first) * H + i_h) * D
-    _store(o, m0, T, H * D, b_o / b_l[:, None], BM, D, BD)
-    o_m = m0 + tl.arange(0, BM)
-    tl.store(lse + (i_b * H + i_h) * total + first + o_m, b_m + tl.log2(b_l), mask=o_m < T)
+            b_m = b_max
+            b_l = b_l * b_shrink + tl.sum(b_p, 1)
+            b_v = _load(v, j0, S, s_vt, BN, D, BD, FULL)
+            b_o = _dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None])     # (BM, BN) @ (BN, BD)
 
+    o_out = ((i_b * T_all + first) * H + i_h) * D               # in (B, T, H, D)
+    # Rows from T on may be 0 / 0 here; they are not stored.
+    _store(o + o_out, m0, T, H * D, b_o / b_l[:, None], BM, D, BD)
+    o_lse = (i_b * H + i_h) * T_all + first                     # in (B, H, T)
+    o_m = m0 + tl.arange(0, BM)
+    tl.store(lse + o_lse + o_m, b_m + tl.log2(b_l), mask=o_m < T)
+
+
+# Backward, with S2 the scores in base 2 (FlashAttention-2, algorithm 2):
+#
+#     P = exp2(S2 - LSE)      dP = dO V^T      dS = P * (dP - delta)      delta = rowsum(P * dP)
+#     dV = P^T dO             dQ = scale * dS K                           dK = scale * dS^T Q
+#
+# P is computed again, not stored; delta is rowsum(O * dO) as well, which needs no loop. There are
+# two kernels, of which one sums over keys and the other over queries: a single one would need
+# atomics for one of the sums, and their order, so the result's last bits, changes from run to run.
 
 @_jit
-def _backward_q(q, k, v, o, do, lse, delta, dq, cu_seqlens, N, T, S, W, scale, s_qb, s_qt, s_qh,
-                s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, G, D: tl.constexpr, BD: tl.constexpr,
-                BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr):
-    """dQ, as the forward; and delta = sum(o * do), which _backward_kv reads after it."""
-    i_h, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    H, total = tl.num_programs(1), T
+def _backward_q(q, k, v, o, do, lse, delta, dq,
+                cu_seqlens, N, T, S, W, scale,
+                s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, G,
+                D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                PACKED: tl.constexpr):
+    """dQ of BM queries, on the forward's grid; and their delta, which _backward_kv reads after."""
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
-    first, T, S, m0 = _row(cu_seqlens, N, T, S, i_m, BM, PACKED)
+    i_h = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
+    H, T_all = tl.num_programs(1), T
+    first, T, S, m0 = _locate(cu_seqlens, N, T, S, i_m, BM, PACKED)
     if m0 >= T:
         return
-    q += i_b * s_qb + first * s_qt + i_h * s_qh
-    k += i_b * s_kb + first * s_kt + i_h // G * s_kh
-    v += i_b * s_vb + first * s_vt + i_h // G * s_vh
-    row, col = (i_b * H + i_h) * total + first, ((i_b * total + first) * H + i_h) * D
-    i0, o_m = m0 + S - T, m0 + tl.arange(0, BM)
+    q = _at(q, i_b, first, i_h, s_qb, s_qt, s_qh)
+    k = _at(k, i_b, first, i_h // G, s_kb, s_kt, s_kh)
+    v = _at(v, i_b, first, i_h // G, s_vb, s_vt, s_vh)
+    o_lse = (i_b * H + i_h) * T_all + first                     # in (B, H, T)
+    o_out = ((i_b * T_all + first) * H + i_h) * D               # in (B, T, H, D)
+    i0 = m0 + S - T
+    o_m = m0 + tl.arange(0, BM)
+
     b_q = _load(q, m0, T, s_qt, BM, D, BD, False)
-    b_o = _load(o + col, m0, T, H * D, BM, D, BD, False)
-    b_do = _load(do + col, m0, T, H * D, BM, D, BD, False)
+    b_o = _load(o + o_out, m0, T, H * D, BM, D, BD, False)
+    b_do = _load(do + o_out, m0, T, H * D, BM, D, BD, False)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(delta + row + o_m, b_delta, mask=o_m < T)
-    b_lse = tl.load(lse + row + o_m, mask=o_m < T, other=0.0)
+    tl.store(delta + o_lse + o_m, b_delta, mask=o_m < T)
+    b_lse = tl.load(lse + o_lse + o_m, mask=o_m < T, other=0.0)
     b_dq = tl.zeros([BM, BD], tl.float32)
-    lo, full_lo, full_hi, hi = _key_range(i0, S, W, BM, BN)
+    seen = _keys_seen(i0, S, W, BM, BN)
     for FULL in tl.static_range(2):
-        for e in range(_count(lo, full_lo, full_hi, hi, BN, FULL)):
-            n = _start(e, lo, full_lo, full_hi, BN, FULL)
-            b_k = _load(k, n, S, s_kt, BN, D, BD, FULL)
-            b_v = _load(v, n, S, s_vt, BN, D, BD, FULL)
-            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # (BM, BD) @ (BD, BN)
+        for e in range(_block_count(seen, BN, FULL)):
+            j0 = _block_start(seen, e, BN, FULL)
+            b_k = _load(k, j0, S, s_kt, BN, D, BD, FULL)
+            b_v = _load(v, j0, S, s_vt, BN, D, BD, FULL)
+            b_s = _dot(b_q, tl.trans(b_k))                                  # (BM, BD) @ (BD, BN)
             b_p = tl.exp2(b_s * (scale * LOG2E) - b_lse[:, None])
             if not FULL:                              # after exp2, which can be inf where masked
-                b_d = (i0 + tl.arange(0, BM))[:, None] - (n + tl.arange(0, BN))[None, :]
-                b_p = tl.where((b_d >= 0) & (b_d < W), b_p, 0.0)
-            b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
-            b_ds = b_p * (b_dp - b_delta[:, None])                    # (BM, BN) @ (BN, BD)
-            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee")
-    _store(dq + col, m0, T, H * D, b_dq * scale, BM, D, BD)
+                o_i = (i0 + tl.arange(0, BM))[:, None]
+                o_j = (j0 + tl.arange(0, BN))[None, :]
+                b_p = tl.where(_in_window_jit(o_i, o_j, W), b_p, 0.0)
+            b_dp = _dot(b_do, tl.trans(b_v))                                # (BM, BD) @ (BD, BN)
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_dq = _dot(b_ds.to(b_k.dtype), b_k, b_dq)                      # (BM, BN) @ (BN, BD)
+    _store(dq + o_out, m0, T, H * D, b_dq * scale, BM, D, BD)
 
 
 @_jit
-def _backward_kv(q, k, v, do, lse, delta, dk, dv, cu_seqlens, N, T, S, W, scale, s_qb, s_qt, s_qh,
-                 s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, G, D: tl.constexpr, BD: tl.constexpr,
-                 BM: tl.constexpr, BN: tl.constexpr, PACKED: tl.constexpr):
-    """dK and dV of BN keys of one head, summed over its G query heads here: no atomics, so the same
-    bits each time. Scores stand transposed, (BN, BM). Grid (blocks, Hkv, B)."""
-    i_k, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+def _backward_kv(q, k, v, do, lse, delta, dk, dv,
+                 cu_seqlens, N, T, S, W, scale,
+                 s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, G,
+                 D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                 PACKED: tl.constexpr):
+    """dK and dV of BN keys of one head, summed over its G query heads here, in a fixed order.
+
+    Scores stand transposed, (BN, BM), as in the second picture. Grid (blocks, Hkv, B).
+    """
+    i_k = tl.program_id(1).to(tl.int64)
+    i_b = tl.program_id(2).to(tl.int64)
     Hkv, T_all, S_all = tl.num_programs(1), T, S
-    first, T, S, j0 = _row(cu_seqlens, N, T, S, tl.program_id(0), BN, PACKED)
+    first, T, S, j0 = _locate(cu_seqlens, N, T, S, tl.program_id(0), BN, PACKED)
     if j0 >= S:
         return
     H = Hkv * G
-    k += i_b * s_kb + first * s_kt + i_k * s_kh
-    v += i_b * s_vb + first * s_vt + i_k * s_vh
+    k = _at(k, i_b, first, i_k, s_kb, s_kt, s_kh)
+    v = _at(v, i_b, first, i_k, s_vb, s_vt, s_vh)
+
     b_k = _load(k, j0, S, s_kt, BN, D, BD, False)
     b_v = _load(v, j0, S, s_vt, BN, D, BD, False)
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
-    lo, full_lo, full_hi, hi = _query_range(j0, T, S, W, BM, BN)
+    seen = _queries_seen(j0, T, S, W, BM, BN)
     for i_h in range(i_k * G, i_k * G + G):
-        p_q = q + i_b * s_qb + first * s_qt + i_h * s_qh
-        p_do = do + ((i_b * T_all + first) * H + i_h) * D
-        row = (i_b * H + i_h) * T_all + first
+        p_q = _at(q, i_b, first, i_h, s_qb, s_qt, s_qh)
+        p_do = do + ((i_b * T_all + first) * H + i_h) * D       # in (B, T, H, D)
+        o_lse = (i_b * H + i_h) * T_all + first                 # in (B, H, T)
         for FULL in tl.static_range(2):
-            for e in range(_count(lo, full_lo, full_hi, hi, BM, FULL)):
-                m = _start(e, lo, full_lo, full_hi, BM, FULL)
-                o_m = m + tl.arange(0, BM)            # rows from T on load as 0 and so add 0
-                b_q = _load(p_q, m, T, s_qt, BM, D, BD, FULL)
-                b_do = _load(p_do, m, T, H * D, BM, D, BD, FULL)
-                b_lse = tl.load(lse + row + o_m, mask=o_m < T, other=0.0)
-                b_delta = tl.load(delta + row + o_m, mask=o_m < T, other=0.0)
-                b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")     # (BN, BD) @ (BD, BM)
+            for e in range(_block_count(seen, BM, FULL)):
+                m0 = _block_start(seen, e, BM, FULL)
+                o_m = m0 + tl.arange(0, BM)            # rows from T on load as 0 and so add 0
+                b_q = _load(p_q, m0, T, s_qt, BM, D, BD, FULL)
+                b_do = _load(p_do, m0, T, H * D, BM, D, BD, FULL)
+                b_lse = tl.load(lse + o_lse + o_m, mask=o_m < T, other=0.0)
+                b_delta = tl.load(delta + o_lse + o_m, mask=o_m < T, other=0.0)
+                b_s = _dot(b_k, tl.trans(b_q))                              # (BN, BD) @ (BD, BM)
                 b_p = tl.exp2(b_s * (scale * LOG2E) - b_lse[None, :])
                 if not FULL:
-                    b_d = (S - T + o_m)[None, :] - (j0 + tl.arange(0, BN))[:, None]
-                    b_p = tl.where((b_d >= 0) & (b_d < W), b_p, 0.0)
-                b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee")
-                b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")   # (BN, BD) @ (BD, BM)
-                b_ds = b_p * (b_dp - b_delta[None, :])                       # (BN, BM) @ (BM, BD)
-                b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee")
-    col = ((i_b * S_all + first) * Hkv + i_k) * D
-    _store(dk + col, j0, S, Hkv * D, b_dk * scale, BN, D, BD)
-    _store(dv + col, j0, S, Hkv * D, b_dv, BN, D, BD)
+                    o_i = (S - T + o_m)[None, :]
+                    o_j = (j0 + tl.arange(0, BN))[:, None]
+                    b_p = tl.where(_in_window_jit(o_i, o_j, W), b_p, 0.0)
+                b_dv = _dot(b_p.to(b_do.dtype), b_do, b_dv)                 # (BN, BM) @ (BM, BD)
+                b_dp = _dot(b_v, tl.trans(b_do))                            # (BN, BD) @ (BD, BM)
+                b_ds = b_p * (b_dp - b_delta[None, :])
+                b_dk = _dot(b_ds.to(b_q.dtype), b_q, b_dk)                  # (BN, BM) @ (BM, BD)
+    o_out = ((i_b * S_all + first) * Hkv + i_k) * D             # in (B, S, Hkv, D)
+    _store(dk + o_out, j0, S, Hkv * D, b_dk * scale, BN, D, BD)
+    _store(dv + o_out, j0, S, Hkv * D, b_dv, BN, D, BD)
 
+
+# Decoding has one query a row, too little work for a GPU when the batch is small. So the ring's
+# slots are split between programs, each of which writes the output over its own slots, part
+# (B, H, splits, D), and their LSE, part_lse (B, H, splits), both fp32; _combine joins them.
 
 @_jit
-def _decode(q, k, v, position, part, part_lse, S, scale, s_qb, s_qh, s_kb, s_ks, s_kh, s_vb, s_vs,
-            s_vh, G, n_blocks, D: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr,
-            BN: tl.constexpr):
+def _decode(q, k, v, position, part, part_lse,
+            S, scale,
+            s_qb, s_qh, s_kb, s_ks, s_kh, s_vb, s_vs, s_vh, G,
+            n_blocks, D: tl.constexpr, BD: tl.constexpr, BG: tl.constexpr, BN: tl.constexpr):
     """n_blocks blocks of the ring against the G query heads of one key head, which are the rows of
     one tile (padded to 16, the least that tl.dot takes). Grid (splits, Hkv, B)."""
-    i_s, n_splits, Hkv = tl.program_id(0), tl.num_programs(0), tl.num_programs(1)
-    i_k, i_b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    i_s, n_splits = tl.program_id(0), tl.num_programs(0)
+    i_k, Hkv = tl.program_id(1).to(tl.int64), tl.num_programs(1)
+    i_b = tl.program_id(2).to(tl.int64)
     k += i_b * s_kb + i_k * s_kh
     v += i_b * s_vb + i_k * s_vh
-    # Slots need no order: RoPE is in the keys, and whatever is written lies inside the window.
+    # Slots fill in order, 0 to S - 1, and then stay full. Among themselves they need no order: RoPE
+    # is in the keys, and whatever is written lies inside the window.
     written = tl.minimum(tl.load(position + i_b), S - 1).to(tl.int32) + 1
-    b_q = _load(q + i_b * s_qb + i_k * G * s_qh, 0, G, s_qh, BG, D, BD, False)
+
+    q += i_b * s_qb + i_k * G * s_qh
+    b_q = _load(q, 0, G, s_qh, BG, D, BD, False)
     b_o = tl.zeros([BG, BD], tl.float32)
     b_m = tl.full([BG], float("-inf"), tl.float32)
     b_l = tl.zeros([BG], tl.float32)
     lo = i_s * n_blocks * BN
-    for n in range(lo, tl.minimum(lo + n_blocks * BN, written), BN):
+    hi = tl.minimum(lo + n_blocks * BN, written)
+    for n in range(lo, hi, BN):
         b_k = _load(k, n, written, s_ks, BN, D, BD, False)
-        b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")      # (BG, BD) @ (BD, BN)
-        m_n = (n + tl.arange(0, BN) < written)[None, :]
-        b_s = tl.where(m_n, b_s * (scale * LOG2E), float("-inf"))
-        b_max = tl.maximum(b_m, tl.max(b_s, 1))
-        b_p, b_shrink = tl.exp2(b_s - b_max[:, None]), tl.exp2(b_m - b_max)
-        b_m, b_l = b_max, b_l * b_shrink + tl.sum(b_p, 1)
-        b_v = _load(v, n, written, s_vs, BN, D, BD, False)            # (BG, BN) @ (BN, BD)
-        b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None], input_precision="ieee")
+        b_s = _dot(b_q, tl.trans(b_k))                                      # (BG, BD) @ (BD, BN)
+        m_n = n + tl.arange(0, BN) < written
+        b_s = tl.where(m_n[None, :], b_s * (scale * LOG2E), float("-inf"))
+        b_max = tl.maximum(b_m, tl.max(b_s, 1))       # finite: slot n is written
+        b_p = tl.exp2(b_s - b_max[:, None])
+        b_shrink = tl.exp2(b_m - b_max)
+        b_m = b_max
+        b_l = b_l * b_shrink + tl.sum(b_p, 1)
+        b_v = _load(v, n, written, s_vs, BN, D, BD, False)
+        b_o = _dot(b_p.to(b_v.dtype), b_v, b_o * b_shrink[:, None])         # (BG, BN) @ (BN, BD)
+
     # A split beyond the written slots has b_l = 0: its weight must be 0 (LSE -inf), not NaN.
     b_l = tl.where(b_l == 0.0, 1.0, b_l)
-    row, o_g = (i_b * Hkv + i_k) * G, tl.arange(0, BG)
-    _store(part + (row * n_splits + i_s) * D, 0, G, n_splits * D, b_o / b_l[:, None], BG, D, BD)
+    row = (i_b * Hkv + i_k) * G                       # in (B * H, splits): the first of G heads
+    o_g = tl.arange(0, BG)
+    part += (row * n_splits + i_s) * D
+    _store(part, 0, G, n_splits * D, b_o / b_l[:, None], BG, D, BD)
     tl.store(part_lse + (row + o_g) * n_splits + i_s, b_m + tl.log2(b_l), mask=o_g < G)
 
 
 @_jit
 def _combine(part, part_lse, o, n_splits, D: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr):
     """The splits' outputs (B, H, splits, D), weighted by softmax(LSE), into one. Grid (B * H)."""
-    i, o_s, o_d = tl.program_id(0).to(tl.int64), tl.arange(0, BS), tl.arange(0, BD)
+    i = tl.program_id(0).to(tl.int64)
+    o_s = tl.arange(0, BS)
+    o_d = tl.arange(0, BD)
     b_lse = tl.load(part_lse + i * n_splits + o_s, mask=o_s < n_splits, other=float("-inf"))
-    b_w = tl.exp2(b_lse - tl.max(b_lse, 0))
+    b_w = tl.exp2(b_lse - tl.max(b_lse, 0))           # (BS,)
     b_o = _load(part + i * n_splits * D, 0, n_splits, D, BS, D, BD, False) * b_w[:, None]
-    b_o = tl.sum(b_o, 0) / tl.sum(b_w, 0)
+    b_o = tl.sum(b_o, 0) / tl.sum(b_w, 0)             # (BD,)
     tl.store(o + i * D + o_d, b_o.to(o.dtype.element_ty), mask=o_d < D)
 
 
 # ------------------------------------------------------------------------------------ launches
 
-# (BM, BN, warps, stages) by padded head dimension; more shared memory only on sm_90 and sm_100.
-# Chosen so that hardly anything spills inside a loop (tests/aot_compile.py), not yet by a clock. To
-# tune on a GPU, the grid: BM and BN in (64, 128), 4 or 8 warps, 1 to 3 stages.
-TILES = {  # forward, dQ, dK and dV
+# (BM, BN, warps, stages) of the forward, dQ, and dK with dV, by padded head dimension. sm_90 stands
+# for sm_100 too, since both have more shared memory; sm_80 for all others. Chosen so that hardly
+# anything spills inside a loop (tests/aot_compile.py), not yet by a clock. To tune on a GPU, the
+# grid: BM and BN in (64, 128), 4 or 8 warps, 1 to 3 stages.
+TILES = {
     (32, "sm_80"): ((128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
     (64, "sm_80"): ((128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)),
     (128, "sm_80"): ((128, 64, 8, 3), (64, 64, 8, 2), (64, 64, 8, 2)),
@@ -407,23 +570,28 @@ FP32_TILE = (32, 32, 8, 1)                            # without tensor cores reg
 
 
 def _pad(D):
+    """Triton's blocks have powers of two as sides; 32 is the least that TILES has."""
     return max(32, triton.next_power_of_2(D))
 
 
 def _launch(kernel, tensors, q, k, v, cu_seqlens, window):
-    (B, T, H, D), (S, Hkv) = q.shape, k.shape[1:3]
+    """One of the three training kernels on its own `tensors` and the arguments that all share."""
+    B, T, H, D = q.shape
+    S, Hkv = k.shape[1:3]
     big = q.is_cuda and torch.cuda.get_device_properties(q.device).major in (9, 10)
     which = (_forward, _backward_q, _backward_kv).index(kernel)
     BM, BN, warps, stages = TILES[_pad(D), "sm_90" if big else "sm_80"][which]
     if q.dtype == torch.float32:
         BM, BN, warps, stages = FP32_TILE
+
     length, BLOCK, heads = (S, BN, Hkv) if kernel is _backward_kv else (T, BM, H)
     N = 0 if cu_seqlens is None else len(cu_seqlens) - 1
-    grid = (length // BLOCK + N if N else triton.cdiv(length, BLOCK), heads, B)
+    blocks = length // BLOCK + N if N else triton.cdiv(length, BLOCK)   # packed: see _locate
     with torch.cuda.device_of(q):
-        kernel[grid](*tensors, cu_seqlens, N, T, S, window, D ** -0.5, *q.stride()[:3],
-                     *k.stride()[:3], *v.stride()[:3], H // Hkv, D=D, BD=_pad(D), BM=BM, BN=BN,
-                     PACKED=N > 0, num_warps=warps, num_stages=stages)
+        kernel[blocks, heads, B](
+            *tensors, cu_seqlens, N, T, S, window, D ** -0.5,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H // Hkv,
+            D=D, BD=_pad(D), BM=BM, BN=BN, PACKED=N > 0, num_warps=warps, num_stages=stages)
 
 
 def _operator(schema):
@@ -432,11 +600,16 @@ def _operator(schema):
     return torch.library.custom_op(name, mutates_args=(), schema=schema[schema.index("("):])
 
 
+def _empty_outputs(q):
+    """Output (B, T, H, D), dense whatever the strides of q, and LSE (B, H, T)."""
+    B, T, H, D = q.shape
+    return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
+
+
 @_operator("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int window) "
            "-> (Tensor, Tensor)")
 def _attention(q, k, v, cu_seqlens, window):
-    B, T, H, D = q.shape
-    o, lse = q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
+    o, lse = _empty_outputs(q)
     _launch(_forward, (q, k, v, o, lse), q, k, v, cu_seqlens, window)
     return o, lse
 
@@ -444,7 +617,8 @@ def _attention(q, k, v, cu_seqlens, window):
 @_operator("attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, "
            "Tensor? cu_seqlens, int window) -> (Tensor, Tensor, Tensor)")
 def _attention_backward(q, k, v, o, lse, do, cu_seqlens, window):
-    do, delta = do.contiguous(), torch.empty_like(lse)
+    do = do.contiguous()
+    delta = torch.empty_like(lse)                     # written by the first kernel, for the second
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     _launch(_backward_q, (q, k, v, o, do, lse, delta, dq), q, k, v, cu_seqlens, window)
     _launch(_backward_kv, (q, k, v, do, lse, delta, dk, dv), q, k, v, cu_seqlens, window)
@@ -453,16 +627,22 @@ def _attention_backward(q, k, v, o, lse, do, cu_seqlens, window):
 
 @_operator("decode(Tensor q, Tensor k, Tensor v, Tensor position, int splits) -> Tensor")
 def _decode_splits(q, k, v, position, splits):
-    (B, H, D), (S, Hkv), BN = q.shape, k.shape[1:3], 32 if q.dtype == torch.float32 else 64
+    B, H, D = q.shape
+    S, Hkv = k.shape[1:3]
+    G, BD = H // Hkv, _pad(D)
+    BG = max(16, triton.next_power_of_2(G))
+    BN = 32 if q.dtype == torch.float32 else 64
+    n_blocks = triton.cdiv(triton.cdiv(S, BN), splits)                  # of each split
     part = q.new_empty(B, H, splits, D, dtype=torch.float32)
-    part_lse, o = part.new_empty(B, H, splits), q.new_empty(B, H, D)
+    part_lse = part.new_empty(B, H, splits)
+    o = q.new_empty(B, H, D)
     with torch.cuda.device_of(q):
         _decode[splits, Hkv, B](
-            q, k, v, position, part, part_lse, S, D ** -0.5, *q.stride()[:2], *k.stride()[:3],
-            *v.stride()[:3], H // Hkv, triton.cdiv(triton.cdiv(S, BN), splits), D=D, BD=_pad(D),
-            BG=max(16, triton.next_power_of_2(H // Hkv)), BN=BN, num_warps=4, num_stages=3)
-        _combine[B * H,](part, part_lse, o, splits, D=D, BD=_pad(D),
-                         BS=triton.next_power_of_2(splits))
+            q, k, v, position, part, part_lse, S, D ** -0.5,
+            *q.stride()[:2], *k.stride()[:3], *v.stride()[:3], G, n_blocks,
+            D=D, BD=BD, BG=BG, BN=BN, num_warps=4, num_stages=3)
+        BS = triton.next_power_of_2(splits)
+        _combine[B * H,](part, part_lse, o, splits, D=D, BD=BD, BS=BS)
     return o
 
 
@@ -476,9 +656,9 @@ def _backward(ctx, do, _):
     return *_attention_backward(q, k, v, o, lse, do, cu_seqlens, ctx.window), None, None
 
 
+# What torch.compile has to know of an operator that it doesn't look into: gradient and shapes.
 _attention.register_autograd(_backward, setup_context=_save)
-_attention.register_fake(lambda q, k, v, *_: (
-    q.new_empty(q.shape), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)))
+_attention.register_fake(lambda q, *_: _empty_outputs(q))
 _attention_backward.register_fake(lambda *qkv: tuple(x.new_empty(x.shape) for x in qkv[:3]))
 _decode_splits.register_fake(lambda q, *_: q.new_empty(q.shape))
 
@@ -487,6 +667,7 @@ _decode_splits.register_fake(lambda q, *_: q.new_empty(q.shape))
 
 @functools.cache
 def _warn(reason):
+    """Once for each reason, not at each call: that is the cache's work."""
     warnings.warn(f"swa_kernel: {reason}; using the slower PyTorch path", stacklevel=4)
 
 
@@ -507,21 +688,24 @@ def _use_triton(q):
 
 
 def _dense(*tensors):
+    """The kernels want the elements of a head side by side; any other stride they take as it is."""
     return (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _check(q, k, v, window, cu_seqlens):
+    """Everything that a kernel would answer with wrong numbers; ValueError."""
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"window must be an int >= 1 or None, got {window!r}")
     shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(f"expected q (B, T, H, D) and k, v (B, S, Hkv, D), got {shapes}")
-    (B, T, H, D), (S, Hkv) = q.shape, k.shape[1:3]
+    B, T, H, D = q.shape
+    S, Hkv = k.shape[1:3]
     if (k.shape[0], k.shape[3]) != (B, D) or Hkv < 1 or H % Hkv or S < T:
         raise ValueError(f"q, k, v must agree in B and D, H be a multiple of Hkv, S >= T: {shapes}")
     if len({(x.dtype, x.device) for x in (q, k, v)}) > 1 or not q.is_floating_point():
-        raise ValueError("q, k, v need one floating dtype and one device, got "
-                         + ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v)))
+        types = ", ".join(f"{x.dtype} on {x.device}" for x in (q, k, v))
+        raise ValueError(f"q, k, v need one floating dtype and one device, got {types}")
     if cu_seqlens is None:
         return
     if B != 1 or S != T or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
@@ -568,6 +752,8 @@ def swa_decode(q, k_cache, v_cache, position):
     if not _use_triton(q):
         return _decode_torch(q, k_cache, v_cache, position)
     B, S, Hkv = k_cache.shape[:3]
+    # Programs for twice the GPU's processors, but no more splits than blocks of slots, nor than
+    # _combine can hold at once.
     cores = torch.cuda.get_device_properties(q.device).multi_processor_count if q.is_cuda else 4
     splits = max(1, min(2 * cores // (B * Hkv), triton.cdiv(S, 64), 128))
     return _decode_splits(*_dense(q, k_cache, v_cache), position, splits)
