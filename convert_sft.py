@@ -102,7 +102,7 @@ def window_arg(text):
 
 def layers_arg(text):
     try:
-        return tuple(int(x) for x in text.split(",") if x)
+        return tuple(sorted({int(x) for x in text.split(",") if x}))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: give layer numbers such as 0,14,27") from None
 
@@ -215,7 +215,7 @@ def convert(settings):
     teacher = held_out_loss(model, held_out, settings)  # SA: before the window, before a resume
 
     model.config = replace(model.config, window=settings.window, nope_full=settings.nope_full,
-                           full_layers=settings.full_layers)
+                           full_layers=settings.full_layers if settings.window else ())
     trainer = Trainer(model, device, settings.micro_tokens)
     run.start(trainer)
     if held_out and run.step == 0:
@@ -731,7 +731,9 @@ class Run:
     def steps(self, total, hours=0):
         """Yields the steps (0-based) that are left. After each: counts it, saves where due, stops
         where Ctrl-C, SIGTERM or the clock ask for it; all ranks leave in the same step."""
-        while self.step < total and not self.agreed(hours and self.elapsed() > hours * 3600):
+        while self.step < total:
+            if self.agreed(hours and self.elapsed() > hours * 3600):
+                return self.save()  # once more: its clock says that the run is complete
             (self.folder / "config.json").unlink(missing_ok=True)  # a longer run is not finished
             yield self.step
             self.step += 1

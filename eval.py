@@ -1101,7 +1101,8 @@ def parser():
         kind=int)
     add("--instruction", "appended to each problem (default: to box the answer; none for tiny and "
         "--prompt)")
-    p.add_argument("--window", type=window_arg, default="own",
+    p.add_argument("--window", default="own",
+                   type=lambda text: text if text == "own" else window_arg(text),
                    help="in place of the model's own: keys, or full")
     add("--limit", "use the first so many problems", kind=int)
     add("--chunk", "problems between two writes: an interruption loses at most these", 64)

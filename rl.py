@@ -437,11 +437,11 @@ def tiny_recipe(settings):
     process.start()
     try:
         swa = run_arm(settings)
+        process.join()
     except BaseException:
         process.terminate()  # as gently as Ctrl-C: it saves its step
-        raise
-    finally:
         process.join()
+        raise
     if process.exitcode:
         raise UsageError("the full-attention arm stopped early (see above): "
                          "the same command continues")

@@ -5,16 +5,19 @@ import json
 import math
 import signal
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_train
 import torch
 
-import convert_sft
 import eval as evaluation
-from convert_sft import INSTRUCTION, Trainer, tiny_base, tiny_problems, tiny_solution
+import rl
+from convert_sft import INSTRUCTION, TASKS, RunningSums, untrained
 from eval import (
+    Retrieval,
     answer_benchmark,
     bootstrap_ci,
     information_gap,
@@ -27,11 +30,12 @@ from eval import (
     pass_at_k,
     reach_example,
     read_generations,
-    states,
     token_gaps,
 )
 from model import ModelConfig, Rollout, Tokenizer, Transformer, UsageError
 from rl import Episode
+
+TINY = TASKS["tiny"]
 
 # ------------------------------------------------------------------------------------- statistics
 
@@ -96,11 +100,11 @@ def test_paired_p_values_under_the_null():
 def test_over_seeds():
     scores = beta_scores(np.random.default_rng(2), 100, 2)
     one = over_seeds([scores])
-    assert one["mean"] == scores.mean() and one["n"] == 100 and one["seeds"] == [scores.mean()]
+    assert one.mean == scores.mean() and one.n == 100 and one.seeds == [scores.mean()]
     _, low, high = bootstrap_ci(scores)
-    assert abs(one["low"] - low) < 0.02 and abs(one["high"] - high) < 0.02
+    assert abs(one.low - low) < 0.02 and abs(one.high - high) < 0.02
     apart = over_seeds([np.full((50, 1), x) for x in (0.2, 0.5, 0.8)])  # only the seeds differ
-    assert apart["mean"] == pytest.approx(0.5) and apart["low"] < 0.35 and apart["high"] > 0.65
+    assert apart.mean == pytest.approx(0.5) and apart.low < 0.35 and apart.high > 0.65
 
 
 def test_pass_at_k_is_the_average_over_subsets():
@@ -111,7 +115,7 @@ def test_pass_at_k_is_the_average_over_subsets():
                 assert pass_at_k(sum(right), n, k) == pytest.approx(np.mean(subsets))
 
 
-def test_measure():
+def test_measure(tmp_path):
     records = [
         {
             "problem": "",
@@ -123,10 +127,12 @@ def test_measure():
         for row in ("1111", "1122", "2221")
     ]
     records[2]["finished"][3] = False
-    evaluation.grade(records)
+    evaluation.write_generations(tmp_path / "x.jsonl", {}, records)
+    evaluation.regrade(tmp_path / "x.jsonl")
+    _, records = read_generations(tmp_path / "x.jsonl")
     assert records[2]["verdicts"][3] == "truncated"
     row = measure(records)
-    assert [round(row[key]["mean"], 4) for key in ("avg@4", "pass@2", "pass@4", "maj@4")] == [
+    assert [round(row[key].mean, 4) for key in ("avg@4", "pass@2", "pass@4", "maj@4")] == [
         0.5,
         0.6111,
         0.6667,
@@ -238,7 +244,7 @@ def test_other_benchmarks(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text('{"problem": "1+1", "answer": 2}\n')
     assert load_benchmark(str(file)) == [{"problem": "1+1", "answer": "2", "solution": ""}]
-    assert load_benchmark("tiny", 3) == tiny_problems(512, [3, 10], test=True)
+    assert load_benchmark("tiny", 3) == TINY.problems(512, [3, 10], test=True)
     with pytest.raises(UsageError, match="no such file.*math500"):
         load_benchmark("gsm9k")
 
@@ -246,7 +252,7 @@ def test_other_benchmarks(tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     """An untrained tiny model that answers something."""
-    model = tiny_base(0)
+    model = untrained(TINY)
     model.config.window = 24
     model.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -318,7 +324,7 @@ def test_resume_is_undisturbed_and_regrade_is_grade(folder, tmp_path, monkeypatc
     ):
         with pytest.raises(UsageError, match="other settings"):
             run(monkeypatch, *command, tmp_path / "a", *change)
-    tiny_base(1).save_pretrained(folder)
+    untrained(TINY, 1).save_pretrained(folder)
     with pytest.raises(UsageError, match="weights"):
         run(monkeypatch, *command, tmp_path / "a")
 
@@ -338,7 +344,7 @@ def test_finished_and_truncated_answers(folder, tmp_path, monkeypatch):
             for i, (p, t) in enumerate(zip(prompts, texts))
         ]
 
-    monkeypatch.setattr(evaluation, "generate", fake)
+    monkeypatch.setattr(rl, "generate", fake)
     args = SimpleNamespace(
         samples=2,
         chunk=2,
@@ -348,6 +354,7 @@ def test_finished_and_truncated_answers(folder, tmp_path, monkeypatch):
         max_new_tokens=8,
         slots=None,
         instruction="",
+        task=TINY,
     )
     records = answer_benchmark(None, tokenizer, problems, tmp_path / "x.jsonl", {}, args)
     assert [r["verdicts"] for r in records] == [["correct", "truncated"]] * 3
@@ -360,9 +367,9 @@ def test_finished_and_truncated_answers(folder, tmp_path, monkeypatch):
 
 def test_several_models_and_instructions(folder, tmp_path, monkeypatch, capsys):
     problems = tmp_path / "few.jsonl"
-    problems.write_text("".join(json.dumps(p) + "\n" for p in tiny_problems(3, 5)))
+    problems.write_text("".join(json.dumps(p) + "\n" for p in TINY.problems(3, 5)))
     second = tmp_path / "second"
-    tiny_base(1).save_pretrained(second)
+    untrained(TINY, 1).save_pretrained(second)
     run(
         monkeypatch,
         "--model",
@@ -584,7 +591,7 @@ def test_a_window_reaches_as_far_as_its_layers():
 
 @pytest.mark.parametrize("kind", ["tiny", "smollm2"])
 def test_retrieval_is_at_the_stated_distance(kind, request):
-    tokenizer, rng = Tokenizer(tiny_base(0).tokenizer_files), np.random.default_rng(0)
+    tokenizer, rng = Tokenizer(untrained(TINY).tokenizer_files), np.random.default_rng(0)
     if kind != "tiny":
         tokenizer = Tokenizer.from_pretrained(request.getfixturevalue(kind))
     for distance in (1, 7, 45, 79):
@@ -601,14 +608,14 @@ def test_retrieval_is_at_the_stated_distance(kind, request):
 @torch.no_grad()
 @pytest.mark.parametrize("full_layers", [(), (1,)])
 def test_beyond_the_reach_a_fact_changes_nothing(full_layers):
-    model, rng, W = tiny_base(0).double(), np.random.default_rng(1), 16
+    model, rng, W = untrained(TINY).double(), np.random.default_rng(1), 16
     tokenizer = Tokenizer(model.tokenizer_files)
     model.config.window, model.config.full_layers = W, full_layers
     digits = tokenizer.encode("0123456789")
     for distance, seen in ((3 * (W - 1), True), (3 * (W - 1) + 1, bool(full_layers))):
         tokens = torch.tensor([reach_example(rng, tokenizer, 80, distance)[0]] * 10)
         tokens[:, -1 - distance] = torch.tensor(digits)
-        last = states(model, tokens)[:, -1]
+        last = model.states(tokens)[:, -1]
         assert ((last - last[0]).abs().max() > 1e-12) == seen
 
 
@@ -636,14 +643,7 @@ ANALYSES = {  # what is added to the command -> rows of the table
 def started(tmp_path_factory):
     """A run whose base counts as trained."""
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
-    out = tmp_path_factory.mktemp("out")
-    trainer = Trainer(
-        tiny_base(0), out / "tiny" / "base-wfull", {"seed": 0, "stage": "base"}, torch.device("cpu")
-    )
-    trainer.begin()
-    trainer.step = 1
-    trainer.save(final=True)
-    yield out
+    yield test_train.untrained(tmp_path_factory.mktemp("out"))
     for name, handler in before.items():
         signal.signal(name, handler)
 
@@ -653,9 +653,9 @@ def test_analysis(name, started, monkeypatch, capsys):
     """A few steps of each: table, JSON, pictures, and a second start that trains nothing."""
     more, rows = ANALYSES[name]
 
-    def solved(folder, problems, stage):  # untrained policies solve nothing
+    def solved(folder, problems, settings):  # untrained policies solve nothing
         tokenizer, rng = Tokenizer.from_pretrained(folder), np.random.default_rng(0)
-        texts = [tiny_solution(p["problem"], rng, restate="w24" in str(folder)) for p in problems]
+        texts = [TINY.solution(p["problem"], rng, restate="w24" in str(folder)) for p in problems]
         return [
             Episode(
                 tokenizer.encode("<bos>" + p["problem"]),
@@ -669,12 +669,13 @@ def test_analysis(name, started, monkeypatch, capsys):
             for p, t in zip(problems, texts)
         ]
 
-    monkeypatch.setattr(evaluation, "episodes_of", solved)
-    few = convert_sft.tiny_problems
-    monkeypatch.setattr(
-        convert_sft, "tiny_problems", lambda n, *rest, **more: few(min(n, 64), *rest, **more)
-    )
-    monkeypatch.setattr(evaluation.reach_run, "__defaults__", (2, 4, 3e-3, 5))
+    def few(self, n, *rest, **more):
+        return problems_of(self, min(n, 64), *rest, **more)
+
+    problems_of = RunningSums.problems
+    monkeypatch.setattr(evaluation, "answers", solved)
+    monkeypatch.setattr(RunningSums, "problems", few)
+    monkeypatch.setattr(evaluation, "Retrieval", partial(Retrieval, 2, 4, 3e-3, 5))
     flags = "--steps 2 --sft-steps 2 --prompts 2 --group 2 --max-new-tokens 12 --validate 4"
     flags += " --workers 1 --device cpu"
     command = ["--model", "tiny", "--analysis", name, *flags.split(), "--out", started, *more]

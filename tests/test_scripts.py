@@ -1,13 +1,17 @@
 """The scripts as their users start them: runs, runs again, documented commands, bad input."""
 
+import fcntl
 import importlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -58,22 +62,80 @@ def test_the_tiny_recipe(tmp_path):
     assert "tiny" in start("eval", "--out", tmp_path / "out", *command, *arms[1:3])
 
 
-def test_an_arm_ends_with_the_recipe_that_started_it(tmp_path):
+def wait_for(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def at_work(folder):
+    """Whether a process holds the lock of a run's folder."""
+    with open(folder / "lock") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """-> (f, the folders of both arms). f() starts a long rl.py --model tiny, waits until each arm
+    has done one more step of RL -> the process, alone in its group with what it starts."""
     command = [sys.executable, ROOT / "rl.py", *flags(untrained(tmp_path), TINY_RL),
-               "--window", "full", "--steps", "1000"]
-    arm = subprocess.Popen(list(map(str, command)), stdin=subprocess.PIPE, text=True,
-                           stdout=subprocess.PIPE, env={**os.environ, "NANOSWARR_ARM": "SA"})
-    try:
-        assert arm.stdout.readline()  # it is at work
-        arm.stdin.close()  # as the end of its parent would, a kill -9 too
-        assert arm.wait(timeout=30) == 1
-    finally:
-        arm.kill()
-    assert not (tmp_path / "tiny" / "rl-wfull" / "config.json").exists()
+               "--steps", "100000"]
+    arms, processes = [tmp_path / "tiny" / f"rl-w{w}" for w in ("24", "full")], []
+
+    def start_it():
+        done = [last_step(arm) for arm in arms]
+        process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.PIPE, text=True, start_new_session=True)
+        processes.append(process)
+        wait_for(lambda: process.poll() is not None
+                 or all(last_step(arm) > n for arm, n in zip(arms, done)))
+        assert process.poll() is None
+        return process
+
+    yield start_it, arms
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def last_step(folder):
+    """That of the newest checkpoint."""
+    return max((int(path.name[5:]) for path in folder.glob("step-0*")), default=0)
+
+
+def test_an_arm_ends_with_the_recipe_that_started_it(recipe):
+    start_it, arms = recipe
+    process = start_it()
+    assert all(map(at_work, arms))
+    process.kill()
+    process.wait()
+    wait_for(lambda: not any(map(at_work, arms)), 20)
+    assert not any((arm / "config.json").exists() for arm in arms)
+
+
+def test_both_arms_stop_and_the_same_command_continues(recipe):
+    """SIGTERM reaches the recipe alone, Ctrl-C all of its processes: each arm saves its step."""
+    start_it, arms = recipe
+    for stop in (lambda p: p.terminate(), lambda p: os.killpg(p.pid, signal.SIGINT)):
+        process = start_it()
+        stop(process)
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode == 130 and "Traceback" not in said
+        assert said.count("stopped; the same command continues") == 2
+        assert not any(map(at_work, arms))
+        assert not any((arm / "config.json").exists() for arm in arms)
+        for arm in arms:
+            assert [r["step"] for r in logged(arm)] == list(range(1, last_step(arm) + 1))
 
 
 def test_stage_one_alone(tmp_path, monkeypatch):
-    command = flags(untrained(tmp_path), "--steps 2 --batch 2 --held-out 4 --window full")
+    command = flags(untrained(tmp_path), "--steps 2 --batch 2 --eval-examples 4 --window full")
     folder = tmp_path / "tiny" / "sft-wfull"
     assert start("convert_sft", *command).splitlines()[-1] == f"done: {folder}"
     assert pictures(folder) == ["curves.png"]
@@ -104,11 +166,11 @@ def cut_smollm2(smollm2, tmp_path):
 
 
 def test_a_real_model_on_gsm8k(cut_smollm2, data, tmp_path):
-    problems = (data / "gsm8k_test.jsonl").read_text().splitlines()[:100]
+    problems = sorted((data / "gsm8k_test.jsonl").read_text().splitlines(), key=len)[:100]
     (tmp_path / "gsm8k.jsonl").write_text("\n".join(problems))
     command = f"--model {cut_smollm2} --data {tmp_path / 'gsm8k.jsonl'} --out {tmp_path}"
     start("rl", *command.split(), *"--steps 1 --sft-steps 1 --prompts 1 --group 2 --window 128 "
-          "--max-new-tokens 8 --validate 1 --device cpu".split())
+          "--max-new-tokens 8 --validate 1 --micro-tokens 2048 --device cpu".split())
     sft, rl = (tmp_path / "SmolLM2-cut" / f"{stage}-w128" for stage in ("sft", "rl"))
     assert Transformer.from_pretrained(rl).config.window == 128
     assert json.loads((rl / "config.json").read_text())["model_type"] == "mistral"

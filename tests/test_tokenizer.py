@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import model
-from convert_sft import tiny_tokenizer_files
+from convert_sft import TASKS, tokenizer_files
 from model import Tokenizer
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -139,7 +139,7 @@ def test_declared_ids(tokenizer_folder):
 
 def tiny(config=None, others=None, **changes):
     """The tiny task's tokenizer with entries of tokenizer.json or of its files exchanged."""
-    files = tiny_tokenizer_files()
+    files = tokenizer_files(TASKS["tiny"].tokens)
     spec = json.loads(files["tokenizer.json"]) | changes
     config = json.loads(files["tokenizer_config.json"]) | (config or {})
     files = {"tokenizer.json": spec, "tokenizer_config.json": config} | (others or {})

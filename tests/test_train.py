@@ -1,5 +1,6 @@
 """The data, GRPO's mathematics, and runs: packing, resume, kill -9, two ranks."""
 
+import itertools
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,27 +19,28 @@ import torch
 import convert_sft
 import rl
 from convert_sft import (
-    TINY,
+    TASKS,
+    Run,
+    Settings,
+    SFTSettings,
     Trainer,
-    held_out,
+    all_sum,
     load_problems,
     make_row,
+    on_test_side,
     pack,
-    reads_restatements,
     schedule,
     solution_text,
-    tiny_base,
-    tiny_problems,
 )
 from model import Tokenizer, Transformer, UsageError, cli, read_weights
-from rl import group_advantages, grpo_loss, overlong_penalty
+from rl import RLSettings, group_advantages, grpo_loss, overlong_penalty
 
-CPU = torch.device("cpu")
+CPU, TINY = torch.device("cpu"), TASKS["tiny"]
 
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """A Trainer takes over the signals of its process."""
+    """A Run takes over the signals of its process."""
     before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
     yield
     for name, handler in before.items():
@@ -107,23 +109,23 @@ def grpo_rows(count=6):
     return rows
 
 
-def trainer_of(folder, rows=(), micro_tokens=16384, settings=()):
-    """A tiny run in fp64, after an update on the rows with learning rate 0."""
+def trainer_of(rows=(), micro_tokens=16384):
+    """A tiny model in fp64, after an update on the rows with learning rate 0."""
     def loss_fn(logp, m):
         return grpo_loss(logp, logp.detach(), m["advantage"], m["mask"], n_tokens=100)
 
-    trainer = Trainer(tiny_base(0), folder, dict(settings), CPU, 0.0, 1e9, micro_tokens)
+    trainer = Trainer(convert_sft.untrained(TINY), CPU, micro_tokens, 0.0, 1e9)
     trainer.model.double()
     if rows:
         trainer.update(rows, loss_fn, lr=0.0)
     return trainer
 
 
-def test_gradient_does_not_depend_on_packing_or_order(tmp_path):
+def test_gradient_does_not_depend_on_packing_or_order():
     """Seen in AdamW's first moment, a tenth of the gradient after one step."""
     rows, moments = grpo_rows(), []
-    for n, (given, micro_tokens) in enumerate([(rows, 10**6), (rows, 1), (rows[::-1], 40)]):
-        trainer = trainer_of(tmp_path / str(n), given, micro_tokens)
+    for given, micro_tokens in [(rows, 10**6), (rows, 1), (rows[::-1], 40)]:
+        trainer = trainer_of(given, micro_tokens)
         moments.append([state["exp_avg"] for state in trainer.optimizer.state.values()])
     for together, apart, some in zip(*moments, strict=True):
         close(together, apart, 1e-13)
@@ -135,7 +137,7 @@ def test_prompt_tokens_carry_no_gradient():
     """The prompt's own advantages, whatever they were, are not asked for."""
     row = make_row([5, 6, 7], [8, 9], advantage=[1.0, 2.0])
     assert row == {"tokens": [5, 6, 7, 8], "targets": [-1, -1, 8, 9], "advantage": [0, 0, 1, 2]}
-    model, logits = tiny_base(0), []
+    model, logits = convert_sft.untrained(TINY), []
     model.lm_head.register_forward_hook(lambda *_: logits.append(_[-1].shape[0]))
     [micro] = pack([row], 100)
     model(micro["tokens"], micro["cu_seqlens"], micro["targets"])
@@ -163,6 +165,90 @@ def test_pack():
 def test_schedule(step, kind, expected):
     rate = schedule(step, 100, 2.0, 3, kind, decay_from=0.6 * (kind == "linear"))
     assert rate == pytest.approx(2 * expected)
+
+
+# --------------------------------------------------------------------------------------- settings
+
+FREE = {"model", "micro_tokens", "save_every", "out", "device", "wandb", "plan"}
+STAGES = {  # stage -> its settings, its parser, what a run may be continued with
+    "sft": (SFTSettings, convert_sft.parser(), FREE),
+    "rl": (RLSettings, rl.parser(),
+           FREE | {"steps", "hours", "sft_steps", "sft_data", "validate", "slots"})}
+OTHER = {str: "x", int: 7, float: 0.7, bool: True, tuple: (0, 2), type(None): 7}
+
+
+def other(settings, name):
+    """The settings with another value of one field."""
+    return replace(settings, **{name: OTHER[type(getattr(settings, name))]})
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_given_flags_beat_the_task_which_beats_the_real_model(stage):
+    kind, parser, _ = STAGES[stage]
+    own = TINY.defaults[stage]
+    real, tiny = kind.of(), kind.of(model="tiny")
+    for f in fields(kind):
+        if f.name != "model":
+            assert getattr(real, f.name) == f.default
+            assert getattr(tiny, f.name) == own.get(f.name, f.default)
+    assert (real.lr, real.window) == ({"sft": 1e-5, "rl": 1e-6}[stage], 4096)
+    assert (tiny.lr, tiny.window) == ({"sft": 1e-3, "rl": 7e-4}[stage], 24)
+    words = "--model tiny --lr 0.5 --window full --full-layers 2,0 --save-every 3".split()
+    given = vars(parser.parse_args(words))
+    assert given == {"model": "tiny", "lr": 0.5, "window": None, "full_layers": (0, 2),
+                     "save_every": 3}
+    assert kind.of(**given) == replace(tiny, **given)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_identity_is_all_that_is_not_free(stage):
+    kind, _, free = STAGES[stage]
+    settings = kind.of(model="tiny")
+    names = {f.name for f in fields(kind)}
+    identity = settings.identity()
+    assert identity.keys() == names - free | {"stage"} and identity["stage"] == stage
+    assert {n for n in names if other(settings, n).identity() == identity} == free
+
+
+def test_stage_one_of_an_rl_run(tmp_path):
+    settings = RLSettings.of(model="tiny", lr=0.5, steps=9)
+    first = settings.stage1()
+    assert first == SFTSettings.of(model="tiny")  # its own steps, learning rate and data
+    for f in fields(Settings):
+        if f.name not in ("model", "window_from"):
+            assert other(settings, f.name).stage1() == other(first, f.name)
+    assert replace(settings, window_from=30).stage1() == replace(first, window_from=30)
+    few = replace(settings, sft_steps=5, sft_data="x.jsonl").stage1()
+    assert few == replace(first, steps=5, data="x.jsonl")
+    assert replace(settings, sft_steps=0).stage1().steps == 0
+    (tmp_path / "x.jsonl").write_text("")
+    mine, others = str(tmp_path / "x.jsonl"), str(tmp_path / "y.jsonl")
+    assert RLSettings.of(data=mine).stage1().data == mine
+    assert RLSettings.of(data=mine, sft_data=others).stage1().data == others
+    assert RLSettings.of(data="some/hub").stage1().data == SFTSettings.of().data
+
+
+FOLDERS = {  # flags -> the folder in <out>/<model>
+    "--model tiny": "tiny/sft-w24", "--model tiny --window full --full-layers 1": "tiny/sft-wfull",
+    "--model tiny --full-layers 2,1": "tiny/sft-w24-full1.2", "--model a/b": "b/sft-w4096",
+    "--model tiny --window 9 --full-layers 1 --nope-full": "tiny/sft-w9-full1-nope",
+    "--model tiny --nope-full": "tiny/sft-w24",
+}
+
+
+@pytest.mark.parametrize("text", FOLDERS)
+def test_folders(text):
+    settings = SFTSettings.of(**vars(convert_sft.parser().parse_args(text.split())))
+    assert settings.folder() == Path("out") / FOLDERS[text]
+    assert settings.folder("rl") == Path("out") / FOLDERS[text].replace("sft", "rl")
+
+
+def test_sums_by_name(monkeypatch):
+    values = {"b": 1, "a": torch.tensor(2), "n": 2**40 + 1, "no": False}
+    assert all_sum(values, CPU) == {"b": 1, "a": 2, "n": 2**40 + 1, "no": 0}
+    monkeypatch.setattr(convert_sft, "WORLD", 2)
+    monkeypatch.setattr(convert_sft.dist, "all_reduce", lambda total: total.mul_(2))
+    assert all_sum(values, CPU) == {"b": 2, "a": 4, "n": 2**41 + 2, "no": 0}
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -231,7 +317,7 @@ def test_no_such_data(source):
 
 def test_split_is_stable():
     """Known sides: a changed hash would let yesterday's held-out problems into today's training."""
-    twenty, five = ([i for i in range(4000) if held_out(f"problem {i}", p)] for p in (20, 5))
+    twenty, five = ([i for i in range(4000) if on_test_side(f"problem {i}", p)] for p in (20, 5))
     assert twenty[:8] == [0, 2, 5, 11, 13, 22, 23, 24] and set(five) < set(twenty)
     assert 0.17 < len(twenty) / 4000 < 0.23 and 0.03 < len(five) / 4000 < 0.07
 
@@ -241,9 +327,9 @@ def test_split_is_stable():
 
 def test_tiny_solutions_are_right():
     """Each is recomputed from its problem, and each restatement is what remains."""
-    tokenizer = Tokenizer(tiny_base(0).tokenizer_files)
+    tokenizer = Tokenizer(convert_sft.untrained(TINY).tokenizer_files)
     for p in (0, 0.5, 1):
-        for row in tiny_problems(100, 0, restate=lambda rng, p=p: p):
+        for row in TINY.problems(100, 0, restate=lambda rng, p=p: p):
             letters, values = row["problem"][:-1:2], [int(v) for v in row["problem"][1:-1:2]]
             n, total = len(values), 0
             assert 4 <= n <= 8 and letters == "abcdefgh"[:n] and max(values) <= 4
@@ -261,54 +347,63 @@ def test_tiny_solutions_are_right():
 
 
 def test_tiny_sides_are_disjoint():
-    train = {row["problem"] for row in tiny_problems(4000, 0)}
-    test = {row["problem"] for row in tiny_problems(300, 1, test=True)}
+    train = {row["problem"] for row in TINY.problems(4000, 0)}
+    test = {row["problem"] for row in TINY.problems(300, 1, test=True)}
     assert len(test) == 300 and not train & test
-    assert tiny_problems(9, [0, 7, 1]) == tiny_problems(9, [0, 7, 1]) != tiny_problems(9, [0, 7, 2])
+    assert TINY.problems(9, [0, 7, 1]) == TINY.problems(9, [0, 7, 1]) != TINY.problems(9, [0, 7, 2])
 
 
 class Reader:
     """A model that knows the next token, or always says "0"."""
 
     def __init__(self, knows):
-        self.config, self.device, self.knows = replace(TINY), CPU, knows
+        self.config, self.device, self.knows = replace(TINY.config), CPU, knows
 
     def __call__(self, tokens):
         assert self.config.window == 24  # the prompt is out of sight
         said = tokens.roll(-1, 1) if self.knows else torch.full_like(tokens, 3)
-        return torch.nn.functional.one_hot(said, TINY.vocab_size)
+        return torch.nn.functional.one_hot(said, TINY.config.vocab_size)
 
 
 def test_gate_counts_what_is_read():
-    tokenizer, reader = Tokenizer(tiny_base(0).tokenizer_files), Reader(knows=True)
-    assert reads_restatements(reader, tokenizer, 0) == 1 and reader.config.window is None
+    tokenizer = Tokenizer(convert_sft.untrained(TINY).tokenizer_files)
+    reader = Reader(knows=True)
+    assert TINY.gate(reader, tokenizer, 0) == 1 and reader.config.window is None
     assert tokenizer.encode("0") == [3]
-    assert 0.12 < reads_restatements(Reader(knows=False), tokenizer, 0) < 0.25
+    assert 0.12 < TINY.gate(Reader(knows=False), tokenizer, 0) < 0.25
 
 
 # ------------------------------------------------------------------------------------ checkpoints
 
 
+def started(folder, **identity):
+    """A run in this folder that has begun, or continues."""
+    run = Run(SFTSettings.of(model="tiny"), folder, identity or {"lr": 1})
+    run.start(trainer_of())
+    return run
+
+
 def test_checkpoints_are_kept_and_the_damaged_one_is_skipped(tmp_path, capsys):
-    trainer = trainer_of(tmp_path, settings={"lr": 1})
-    trainer.begin()
+    run = started(tmp_path)
     with pytest.raises(UsageError, match="in use by another run"):
-        trainer_of(tmp_path).begin()
-    trainer.model.config.window = 7
-    for step in range(1, 4):
-        trainer.model.model.norm.weight.data.fill_(step)
-        trainer.log({"reward": step})
-        trainer.save()
+        started(tmp_path)
+    model = run.trainer.model
+    model.config.window = 7
+    for step in run.steps(3):
+        model.model.norm.weight.data.fill_(step + 1)
+        run.log({"reward": step + 1})
+    run.lock.close()
     newest = tmp_path / "step-000003"
     assert sorted(tmp_path.glob("step*")) == [tmp_path / "step-000002", newest]
-    assert Transformer.from_pretrained(newest).config.window == 7
 
     def resumed():
-        again = trainer_of(tmp_path, settings={"lr": 1})
-        return again.step, again.model.model.norm.weight[0].item(), again.model.config.window
+        again = started(tmp_path)
+        again.lock.close()
+        window = Transformer.from_pretrained(tmp_path / f"step-{again.step:06d}").config.window
+        return again.step, again.trainer.model.model.norm.weight[0].item(), window
 
     assert resumed() == (3, 3, 7)
-    assert TINY.window is None  # a run's configuration is its own
+    assert TINY.config.window is None  # a run's configuration is its own
     for name in ("model.safetensors", "trainer.pt"):
         whole = (newest / name).read_bytes()
         (newest / name).write_bytes(whole[:len(whole) // 2])
@@ -316,11 +411,11 @@ def test_checkpoints_are_kept_and_the_damaged_one_is_skipped(tmp_path, capsys):
         assert re.search("step-000003 is damaged", capsys.readouterr().err)
         (newest / name).write_bytes(whole)
     with pytest.raises(UsageError, match=r"other settings \(lr\)"):
-        trainer_of(tmp_path, settings={"lr": 2})
+        started(tmp_path, lr=2)
 
 
-def test_a_gradient_that_is_not_finite_is_skipped(tmp_path, capsys):
-    trainer = trainer_of(tmp_path)
+def test_a_gradient_that_is_not_finite_is_skipped(capsys):
+    trainer = trainer_of()
     before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
 
     def update(factor):
@@ -339,28 +434,26 @@ def test_a_gradient_that_is_not_finite_is_skipped(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------- runs
 
 SFT = ("--window 24 --steps 4 --batch 5 --eval-every 2 --save-every 1 "
-       "--micro-tokens 200 --held-out 9")
+       "--micro-tokens 200 --eval-examples 9")
 RL = ("--window 24 --steps {} --sft-steps 2 --prompts 3 --group 4 --max-new-tokens 40 --validate 3 "
       "--micro-tokens 200")
 
 
-def odd(texts, golds):
+def odd(texts, golds, grader):
     """A reward on which an untrained model's answers disagree."""
     return ["correct" if len(text) % 2 else "wrong" for text in texts]
 
 
 def settled(stage, out, text):
-    script = {"sft": convert_sft, "rl": rl}[stage]
-    args = convert_sft.settle(script.parser().parse_args(flags(out, text)), script.SETTINGS)
-    args.sft_data_given = False
-    return args
+    script, kind = {"sft": (convert_sft, SFTSettings), "rl": (rl, RLSettings)}[stage]
+    return kind.of(**vars(script.parser().parse_args(flags(out, text))))
 
 
 def run(stage, out, text):
     """One arm of the tiny task in this process, whereas rl.py runs both -> the stage's folder."""
-    args = settled(stage, out, text)
-    (convert_sft.convert if stage == "sft" else rl.run_arm)(args)
-    return convert_sft.stage_folder(args, stage)
+    settings = settled(stage, out, text)
+    (convert_sft.convert if stage == "sft" else rl.run_arm)(settings)
+    return settings.folder()
 
 
 def worker(*arguments, launcher=()):
@@ -380,10 +473,12 @@ def reward():
 
 def untrained(out):
     """out, with an untrained model in the place of a pretrained tiny base."""
-    base = Trainer(tiny_base(0), out / "tiny" / "base-wfull", {"seed": 0, "stage": "base"}, CPU)
-    base.begin()
-    base.log({})
-    base.save(final=True)
+    base = Run(SFTSettings.of(model="tiny"), out / "tiny" / "base-wfull",
+               {"stage": "base", "seed": 0})
+    base.start(Trainer(convert_sft.untrained(TINY), CPU))
+    for _ in base.steps(1):
+        base.log({})
+    base.finish()
     return out
 
 
@@ -422,15 +517,15 @@ class Stopped(Exception):
 
 @pytest.fixture
 def stop_at_2(monkeypatch):
-    """Runs stop after their second step's checkpoint; .undo() lets them go on."""
-    def save_and_stop(self, final=False):
-        save(self, final)
+    """Runs stop after their second step's checkpoint; a call of this lets them go on."""
+    def save_and_stop(self):
+        save(self)
         if self.step == 2:
             raise Stopped
 
-    save = Trainer.save
-    monkeypatch.setattr(Trainer, "save", save_and_stop)
-    return lambda: monkeypatch.setattr(Trainer, "save", save)
+    save = Run.save
+    monkeypatch.setattr(Run, "save", save_and_stop)
+    return lambda: monkeypatch.setattr(Run, "save", save)
 
 
 def same_run(a, b, asked):
@@ -458,10 +553,10 @@ def test_a_resumed_sft_repeats_an_undisturbed_one(tmp_path, stop_at_2):
 
 def test_ctrl_c_in_rl_and_the_same_command_again(finished, after_sft, monkeypatch):
     """The first Ctrl-C finishes the step and saves."""
-    def interrupt(texts, golds):
+    def interrupt(texts, golds, grader):
         if (after_sft / "tiny" / "rl-w24" / "step-000001").exists():
             signal.raise_signal(signal.SIGINT)
-        return odd(texts, golds)
+        return odd(texts, golds, grader)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(rl, "grade_batch", interrupt)
@@ -488,13 +583,56 @@ def test_kill_and_the_same_command_again(finished, after_sft):
     same_run(finished / "tiny" / "rl-w24", killed, "")
 
 
+def on_disk(folder):
+    return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
+
+
+def test_a_longer_run_continues_a_finished_one(finished, after_sft, monkeypatch):
+    """2 steps and then 4 are 4, also when the longer run breaks off before its first checkpoint."""
+    def fail(*_):
+        raise Stopped
+
+    folder = run("rl", after_sft, RL.format(2))
+    done = Run(settled("rl", after_sft, RL.format(2)))
+    made = on_disk(after_sft)
+    assert done.finished(2) and done.finished(1) and not done.finished(3)
+    assert on_disk(after_sft) == made
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(rl, "grade_batch", fail)
+        run("rl", after_sft, RL.format(4))
+    made = on_disk(after_sft)
+    assert not (folder / "config.json").exists() and (folder / "step-000002").exists()
+    assert not done.finished(2)
+    assert not Run(settled("rl", after_sft / "nowhere", RL.format(2))).finished(0)
+    assert on_disk(after_sft) == made
+    run("rl", after_sft, RL.format(2))  # nothing is left to do but to put the model back
+    assert done.finished(2) and difference(folder, folder / "step-000002") == 0
+    same_run(finished / "tiny" / "rl-w24", run("rl", after_sft, RL.format(4)), "")
+
+
+@pytest.mark.parametrize("save_every", [1, 10])
+def test_a_run_that_its_time_ended_is_finished(tmp_path, monkeypatch, save_every):
+    """Also where its last step was saved before the time was up, or not at all."""
+    clock, hours = itertools.count(), 5.5 / 3600
+    monkeypatch.setattr(Run, "elapsed", lambda self: next(clock))  # a second at each look
+    settings = SFTSettings.of(model="tiny", save_every=save_every)
+    run = Run(settings, tmp_path, {"lr": 1})
+    run.start(trainer_of())
+    for _ in run.steps(10, hours):
+        run.log({})
+    run.finish()
+    again = Run(settings, tmp_path, {"lr": 1})
+    assert run.step in (2, 3) and again.finished(10, hours)
+    assert not again.finished(10) and not again.finished(10, 2 * hours)
+
+
 def test_groups_that_agree_do_not_train(after_sft, monkeypatch):
-    monkeypatch.setattr(rl, "grade_batch", lambda texts, golds: ["wrong"] * len(texts))
+    monkeypatch.setattr(rl, "grade_batch", lambda texts, *_: ["wrong"] * len(texts))
     folder = run("rl", after_sft, RL.format(1))
     assert difference(folder, folder.parent / "sft-w24") == 0
     [record] = logged(folder)
     assert record["informative"] == 0
-    uniform = float(np.log(TINY.vocab_size))  # an untrained policy nearly is
+    uniform = float(np.log(TINY.config.vocab_size))  # an untrained policy nearly is
     close(record["entropy"], uniform, 0.1)
 
 
@@ -513,7 +651,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(after_sft, monkeypatch):
 
 
 @pytest.mark.parametrize("more", ["", "--full-layers 1", "--full-layers 1 --nope-full",
-                                  "--window-from 60", "--window full"])
+                                  "--window-from 60", "--window full",
+                                  "--window full --full-layers 1 --nope-full"])
 def test_a_folder_is_the_model_that_was_trained(tmp_path, more, stop_at_2):
     """The loss that was logged last is that of the saved model, also after a resume."""
     text = f"{SFT} --lr 0.01 {more}"
@@ -522,12 +661,12 @@ def test_a_folder_is_the_model_that_was_trained(tmp_path, more, stop_at_2):
     stop_at_2()
     folder = run("sft", tmp_path, text)
     model = Transformer.from_pretrained(folder)
-    assert model.config.window == (None if more == "--window full" else 24)
-    assert model.config.full_layers == ((1,) if "layers" in more else ())
+    assert model.config.window == (None if "--window full" in more else 24)
+    assert model.config.full_layers == ((1,) if "layers" in more and model.config.window else ())
     assert model.config.nope_full == ("nope" in more)
-    args = settled("sft", tmp_path, text)
-    _, held = convert_sft.sft_data(args)
-    held = convert_sft.sft_rows(args, Tokenizer(model.tokenizer_files), held)
+    settings = settled("sft", tmp_path, text)
+    _, held = settings.task.sft(settings)
+    held = convert_sft.sft_rows(settings, Tokenizer(model.tokenizer_files), held)
     [micro] = pack(held, 10**6)
     logp = model(micro["tokens"], micro["cu_seqlens"], micro["targets"])
     close(-logp.sum() / (micro["targets"] >= 0).sum(), logged(folder)[-1]["held_out"])
