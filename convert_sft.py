@@ -29,10 +29,13 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
+import unicodedata
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property
+from itertools import compress, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -45,19 +48,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
 
 from model import (
     LOGITS_PER_CHUNK,
+    MODEL_FILES,
     Cache,
     ModelConfig,
     Tokenizer,
     Transformer,
     UsageError,
-    check_readable,
+    append_file,
     check_window,
     cli,
+    fingerprint,
     read_config,
+    read_json,
     read_weights,
     resolve,
     write_file,
@@ -111,6 +119,8 @@ def layers_arg(text):
 class Settings:
     """What both stages are told."""
 
+    data_flag = "--data"  # where a message about the data sends the user
+
     model: str = setting("deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
                          "tiny, a Hugging Face folder or a hub id", free=True)
     window: int | None = setting(4096, "keys that a query sees, its own included; or full",
@@ -124,20 +134,36 @@ class Settings:
     seed: int = setting(0, "of everything random", least=0)
     micro_tokens: int = setting(16384, "tokens of one forward and backward: lower it when memory "
                                        "runs out", free=True)
-    save_every: int = setting(1, "steps between checkpoints: what kill -9 may lose; raise it where "
-                                 "a save takes long", free=True)
+    keep_blocks: int = setting(0, "blocks whose activations are kept, not recomputed in the "
+                                  "backward: faster, where memory allows", least=0, free=True)
+    compile: bool = setting(False, "torch.compile the blocks in training", free=True)
+    offload: bool = setting(False, "weights and optimizer in host memory, for a small GPU",
+                            free=True)
+    save_minutes: float = setting(15.0, "between checkpoints: what kill -9 may lose; Ctrl-C saves; "
+                                        "0: after every step", least=0, free=True)
     out: str = setting("out", "where <model>/<stage>-w<window>/ goes", free=True)
     device: str = setting("auto", "where to run", free=True, choices=["auto", "cpu", "cuda"])
     wandb: str | None = setting(None, "also log to this project of Weights & Biases", free=True)
     plan: bool = setting(False, "print the memory that the run will take, and stop", free=True)
+    memory: float | None = setting(None, "GB of the GPU that --plan is about: by default the one "
+                                         "that it sees", free=True)
+
+    given = frozenset()  # the names of those that were given, not defaults
 
     @classmethod
     def of(cls, **given):
         """Settings from the flags that were given; a tiny task's defaults, then the real ones."""
         tiny = TASKS.get(given.get("model"))
         settings = cls(**(tiny.defaults[cls.stage] if tiny else {}) | given)
+        settings.given = frozenset(given)
         settings.check()
         return settings
+
+    def but(self, **changes):
+        """The same settings with changes."""
+        other = replace(self, **changes)
+        other.given = self.given | frozenset(changes)
+        return other
 
     def check(self):
         for f in fields(self):
@@ -159,12 +185,12 @@ class Settings:
     @cached_property
     def task(self):
         """Where the problems come from: see Problems."""
-        return TASKS.get(self.data) or Problems(self.data)
+        return TASKS.get(self.data) or Problems(self.data, self.data_flag, self.stage == "rl")
 
     def identity(self):
         """What a checkpoint must have been made with, to be continued."""
-        names = [f.name for f in fields(self) if not f.metadata["free"]]
-        return {"stage": self.stage} | {name: getattr(self, name) for name in names}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if not f.metadata["free"]}
+        return json.loads(json.dumps({"stage": self.stage} | own))  # as it comes back from a file
 
     def folder(self, stage=None):
         """<out>/<model>/<stage>-w<window>, with -full<layers> and -nope where set."""
@@ -175,10 +201,18 @@ class Settings:
             variant += "-full" + ".".join(map(str, self.full_layers)) + "-nope" * self.nope_full
         return Path(self.out) / name / f"{stage or self.stage}-{variant}"
 
+    def base(self):
+        """The folder of the SA model that stage 1 begins with; a tiny task's is made if missing."""
+        return pretrain(self) if self.tiny else resolve(self.model, MODEL_FILES)
+
     def start_device(self):
         if self.tiny:
             torch.set_num_threads(1)  # tiny matrices gain nothing from more
-        return pick_device(self.device)
+        return pick_device(self.device, group=self.offload)
+
+    def trainer(self, model, device):
+        return Trainer(model, device, self.micro_tokens, keep_blocks=self.keep_blocks,
+                       compile=self.compile, offload=self.offload)
 
 
 @dataclass
@@ -203,54 +237,76 @@ class SFTSettings(Settings):
 def convert(settings):
     """Stage 1: base -> SWA by SFT (SA, with the window None); returns the run's folder, made now or
     before."""
-    device = settings.start_device()
-    run = Run(settings)
+    device, base = settings.start_device(), settings.base()
+    run = Run(settings, identity=settings.identity() | {"base": fingerprint(base)})
     if run.finished(settings.steps):
         return run.folder
-    base = pretrain(settings) if settings.tiny else settings.model
     model = Transformer.from_pretrained(base, None, (), device, torch.float32)
     tokenizer = Tokenizer(model.tokenizer_files)
-    train, held_out = settings.task.sft(settings)
+    train, held_out = (
+        that_fit(side, lambda problem: len(sft_rows(settings, tokenizer, [problem])[0]["tokens"]),
+                 settings.max_length, "raise --max-length of convert_sft.py")
+        for side in settings.task.sft(settings))
     held_out = sft_rows(settings, tokenizer, held_out)
-    teacher = held_out_loss(model, held_out, settings)  # SA: before the window, before a resume
+    # Of SA: before the window is set, before a resume
+    teacher = held_out_loss(model, held_out, settings, device)
 
     model.config = replace(model.config, window=settings.window, nope_full=settings.nope_full,
                            full_layers=settings.full_layers if settings.window else ())
-    trainer = Trainer(model, device, settings.micro_tokens)
+    longest = max(settings.micro_tokens, settings.max_length)
+    preflight(settings, device, longest)
+    trainer = settings.trainer(model, device)
     run.start(trainer)
+    if device.type == "cuda" and run.step == 0:
+        shakedown(run, trainer, longest)
+    student = math.nan
     if held_out and run.step == 0:
-        student = held_out_loss(model, held_out, settings)
+        student = held_out_loss(model, held_out, settings, device)
         print(f"held-out loss before training: SA {teacher:.3f}, window {settings.window or 'full'}"
               f" {student:.3f} nats a token", flush=True)
     for step in run.steps(settings.steps):
         began = time.time()
         model.config.window = window_at(step, settings)
         problems = shuffled_slice(train, step * settings.batch, settings.batch, [settings.seed, 6])
-        rows = sft_rows(settings, tokenizer, problems)
-        n_tokens = sum(target >= 0 for row in rows for target in row["targets"])
-        total = {"loss": 0.0}
+        rows = sft_rows(settings, tokenizer, problems[RANK::WORLD])
+        total = all_sum({"targets": sum(t >= 0 for row in rows for t in row["targets"]),
+                         "tokens": sum(len(row["tokens"]) for row in rows)}, device)
+        measured = {"loss": 0.0}
 
         def loss_fn(logprobs, micro):
-            loss = -logprobs.sum() / n_tokens
-            total["loss"] += loss.item()
+            loss = -logprobs.sum() / total["targets"]
+            measured["loss"] += loss.item()
             return loss
 
         lr = schedule(step, settings.steps, settings.lr, settings.warmup, "cosine")
-        norm = trainer.update(rows[RANK::WORLD], loss_fn, lr)
+        norm = trainer.update(rows, loss_fn, lr)
 
-        loss, seconds = all_sum(total, device)["loss"], time.time() - began
-        tok_per_s = sum(len(row["tokens"]) for row in rows) / seconds
+        loss, seconds = all_sum(measured, device)["loss"], time.time() - began
+        tok_per_s = total["tokens"] / seconds
         record = {"loss": loss, "grad_norm": norm, "lr": lr, "window": model.config.window,
                   "tok_per_s": tok_per_s, "seconds": seconds}
+        if step == 0:
+            record |= {"before": student} if held_out else {}
+            warn_of_reach([len(row["tokens"]) for row in rows + held_out], settings.window)
         shown = ""
         if held_out and ((step + 1) % settings.eval_every == 0 or step + 1 == settings.steps):
-            loss_now = held_out_loss(trainer.model, held_out, settings)
-            record |= {"held_out": loss_now, "gap_to_teacher": loss_now - teacher}
+            with run.off_the_clock():
+                loss_now = held_out_loss(trainer.model, held_out, settings, device)
+            record |= {"held_out": loss_now, "gap_to_teacher": loss_now - teacher,
+                       "teacher": teacher}
             shown = f" | held-out {loss_now:.3f} (SA {teacher:.3f})"
         run.log(record, f"sft w={settings.window or 'full'} step {step + 1}/{settings.steps} | "
                         f"loss {loss:.3f}{shown} | norm {norm or math.nan:.2f} | lr {lr:.1e} | "
                         f"{tok_per_s:,.0f} tok/s", every=0 if shown else 5)
     return run.finish()
+
+
+def warn_of_reach(lengths, window):
+    """A window that hides nothing makes SWA the same as SA, without a word."""
+    if window and lengths and max(lengths) <= window and RANK == 0:
+        print(f"warning: none of {len(lengths)} sequences is longer than the window of {window} "
+              f"(the longest has {max(lengths)} tokens): it hides nothing; give a smaller --window",
+              file=sys.stderr, flush=True)
 
 
 def window_at(step, settings):
@@ -262,30 +318,34 @@ def window_at(step, settings):
 
 
 def sft_rows(settings, tokenizer, problems):
-    """Problems -> rows: prompt by the chat template, loss on the response only; longer than
-    --max-length are left out. Made batch by batch: whole data sets would not fit as lists."""
+    """Problems -> rows: prompt by the chat template, loss on the response only. Made batch by
+    batch: whole data sets would not fit as lists."""
     end = min(tokenizer.stop_ids, default=None) if tokenizer.eos_id is None else tokenizer.eos_id
     if end is None:
         raise UsageError(f"{settings.model} names no eos token: "
                          "add eos_token to its tokenizer_config.json")
-    rows = []
+    probe = tokenizer.decode(as_prompt(tokenizer, "0", ""), skip_special=False)
+    rows, opening = [], probe.rpartition("0")[2]  # what the template puts before the response
     for problem in problems:
         prompt = as_prompt(tokenizer, problem["problem"], settings.instruction)
-        response = tokenizer.encode(solution_text(problem)) + [end]
-        if len(prompt) + len(response) - 1 <= settings.max_length:
-            rows.append(make_row(prompt, response))
-    if problems and not rows:
-        raise UsageError(f"none of {len(problems)} examples has at most {settings.max_length} "
-                         "tokens: raise --max-length")
+        response = without_opening(solution_text(problem), opening)
+        rows.append(make_row(prompt, tokenizer.encode(response) + [end]))
     return rows
 
 
+def without_opening(response, opening):
+    """The response less what it begins with and the prompt ends with, such as a template's <think>:
+    else a second one would be trained."""
+    said = next(n for n in range(len(opening), -1, -1) if opening.endswith(response[:n]))
+    return response[said:]
+
+
 @torch.no_grad()
-def held_out_loss(model, rows, settings):
+def held_out_loss(model, rows, settings, device):
     """Mean -log p of the response tokens, nats a token; nan without rows."""
     total, count = 0.0, 0
-    for micro in pack(rows, settings.micro_tokens, model.device):
-        with compute_type(model.device):
+    for micro in pack(rows, settings.micro_tokens, device):
+        with compute_type(device):
             logprobs = model(micro["tokens"], micro["cu_seqlens"], micro["targets"])
         total -= logprobs.sum().item()
         count += (micro["targets"] >= 0).sum().item()
@@ -305,39 +365,51 @@ class Problems:
 
     grade = None  # f(response, gold) -> verdict; None: the answer checker of rl.py
     measures = {}  # {name: f(response) -> number} of what validation reports beside accuracy
-    sft_held_out, rl_held_out = 2, 5  # percent of the problems, by a hash
+    held_out = 5  # percent of the problems, by a hash: the same ones in both stages
 
-    def __init__(self, source):
-        self.source = source
+    def __init__(self, source, flag="--data", distinct=False):
+        self.source, self.flag, self.distinct = source, flag, distinct
 
     @cached_property
     def all(self):
-        return load_problems(self.source)
+        return load_problems(self.source, self.flag, self.distinct)
 
-    def side(self, percent, test):
-        return [p for p in self.all if on_test_side(p["problem"], percent) == test]
+    def only(self, select):
+        """This task with those of its problems that select(problems) returns."""
+        less = Problems(self.source, self.flag, self.distinct)
+        less.all = select(self.all)
+        return less
+
+    def sides(self, problems):
+        """(training problems, held-out problems)."""
+        return [[p for p in problems if on_test_side(p["problem"], self.held_out) == test]
+                for test in (False, True)]
 
     def sft(self, settings):
         """(training problems, held-out problems), all with solutions."""
-        train, held_out = ([p for p in self.side(self.sft_held_out, test) if p["solution"]]
-                           for test in (False, True))
+        train, held_out = self.sides(keep(self.all, [p["solution"] for p in self.all],
+                                          "without a (verified) solution"))
         if not train:
-            raise UsageError(f"--data {self.source} has no solutions to train on: give data with "
-                             '"solution", "generations" or "messages"')
+            raise UsageError(f"{self.flag} {self.source} has no solutions to train on: give data "
+                             'with "solution", "messages" or verified "generations"')
         return train, held_out[:settings.eval_examples]
 
     @cached_property
     def for_rl(self):
-        return self.side(self.rl_held_out, test=False)
+        train, held_out = self.sides(self.all)
+        if not train or not held_out:
+            raise UsageError(f"{self.flag} {self.source} is too small to hold out problems for "
+                             "validation: give more problems")
+        return train, held_out
 
     def rl(self, settings, step, attempt):
         """The problems of an RL step; attempt: how often the step has asked already."""
         first = (step + attempt * settings.steps) * settings.prompts
-        return shuffled_slice(self.for_rl, first, settings.prompts, [settings.seed, 8])
+        return shuffled_slice(self.for_rl[0], first, settings.prompts, [settings.seed, 8])
 
     def some(self, n, seed):
         """n training problems for an analysis."""
-        return self.for_rl[:n]
+        return self.for_rl[0][:n]
 
     def other_solutions(self, seed):
         """{name: problems} with solutions of another kind, for eval.py's conversion strategies."""
@@ -345,54 +417,116 @@ class Problems:
 
     def validation(self, n, seed):
         """At most n held-out problems: the same before and after RL and for every run."""
-        problems = self.side(self.rl_held_out, test=True)[:n]
-        if not problems:
-            raise UsageError(f"--data {self.source} is too small to hold out problems for "
-                             "validation: give more problems")
-        return problems
+        return self.for_rl[1][:n]
 
 
-NOT_A_PROBLEM = ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration
+def keep(problems, fine, why):
+    """The problems that are fine (a truth value each); says how many are not, and why."""
+    kept = list(compress(problems, fine))
+    if RANK == 0 and len(kept) < len(problems):
+        print(f"{len(problems) - len(kept):,} of {len(problems):,} problems are left out: {why}",
+              flush=True)
+    return kept
 
 
-def load_problems(source):
+def that_fit(problems, count, limit, cure):
+    """The problems of at most `limit` tokens by count(problem).
+
+    A byte is at most one token, so only long texts are counted: in threads, since tiktoken works
+    without Python's lock.
+    """
+    template = count({"problem": "0", "answer": "", "solution": ""})
+
+    def fits(problem):
+        text = problem["problem"] + solution_text(problem)
+        size = template + len(text.encode("utf-8", "replace"))
+        return size <= limit or count(problem) <= limit
+
+    mine = problems[RANK::WORLD]
+    with ThreadPoolExecutor() as pool:
+        fine = list(tqdm(pool.map(fits, mine), "counting tokens", len(mine), delay=5,
+                         disable=RANK > 0))
+    kept = keep(problems, shared_out(fine), f"longer than {limit:,} tokens ({cure})")
+    if problems and not kept:
+        raise UsageError(f"none of {len(problems):,} problems has at most {limit:,} tokens: {cure}")
+    return kept
+
+
+def shared_out(mine):
+    """Every rank's list of its items RANK::WORLD -> the list of all items."""
+    if WORLD == 1:
+        return mine
+    ranks = [None] * WORLD
+    dist.all_gather_object(ranks, mine)
+    return [item for row in zip_longest(*ranks) for item in row if item is not None]
+
+
+NOT_A_PROBLEM = (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration,
+                 RecursionError)
+
+
+def load_problems(source, flag="--data", distinct=False):
     """A JSONL file or a hub id (`id[:config[:split]]`) -> list of {"problem", "answer",
-    "solution"}.
+    "solution"}; distinct: each problem once.
 
     Understands the fields of MATH-like files (problem, answer, solution), openai/gsm8k (question,
     answer with `#### 42`), open-r1/OpenR1-Math-220k (messages, generations) and DAPO-Math-17k
     (prompt, reward_model). UsageError names the file and the line of the first fault.
     """
-    path = Path(source)
+    path, problems, total = Path(source), {}, 0
     if path.is_file():
-        problems = []
-        for number, line in enumerate(path.open(encoding="utf-8", errors="replace"), 1):
-            if line.strip():
-                try:
-                    problems.append(as_problem(json.loads(line)))
-                except NOT_A_PROBLEM as error:
-                    raise UsageError(f"{path} line {number}: not a problem in JSON ({error}); "
-                                     'a line needs at least "problem" and "answer"') from None
+        lines = enumerate(path.open("rb"), 1)  # of bytes: json.loads tells their encoding
+        rows, parse = ((n, line) for n, line in lines if line.strip()), json.loads
     elif path.suffix or path.exists() or source.count("/") != 1:
-        raise UsageError(f"--data {source}: no such file; "
+        raise UsageError(f"{flag} {source}: no such file; "
                          "give a JSONL file or a hub id such as openai/gsm8k:main")
     else:
-        import datasets  # imported here since it takes more than a second
-
-        name, config, split = (source.split(":") + [None, None])[:3]
+        rows, parse = enumerate(hub_rows(source, flag), 1), dict
+    for number, row in tqdm(rows, "reading problems", delay=5, disable=RANK > 0):
         try:
-            rows = datasets.load_dataset(name, config, split=split or "train")
-        except Exception as error:  # network, unknown id, missing config: many types, one cure
-            raise UsageError(f"--data {source} could not be fetched from the hub: check the name "
-                             f"and the connection ({type(error).__name__})") from None
-        try:
-            problems = [as_problem(row) for row in rows]
+            problem = as_problem(parse(row))
         except NOT_A_PROBLEM as error:
-            raise UsageError(f"--data {source}: its rows are not in a known layout "
-                             f"({error})") from None
+            raise UsageError(f"{flag} {source} line {number}: not a problem in JSON ({error}); "
+                             'it needs at least "problem" and "answer"') from None
+        total += 1
+        problems.setdefault(normal(problem["problem"]) if distinct else total, problem)
     if not problems:
-        raise UsageError(f"--data {source} is empty: it needs at least one problem")
-    return problems
+        raise UsageError(f"{flag} {source} is empty: it needs at least one problem")
+    if RANK == 0 and len(problems) < total:
+        print(f"{total - len(problems):,} of {total:,} problems are left out: repeats", flush=True)
+    return list(problems.values())
+
+
+COLUMNS = {"problem", "question", "prompt", "answer", "solution", "reward_model", "messages",
+           "generations", "correctness_math_verify", "correctness_llama", "is_reasoning_complete"}
+
+
+def hub_rows(source, flag):
+    """The rows of a hub data set: batch by batch, since millions of dicts would not fit."""
+    import datasets  # imported here since it takes more than a second
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(datasets.config.HF_ENDPOINT, timeout=5)
+    except Exception:  # no way there: what was fetched before, without half a minute of retries
+        datasets.config.HF_HUB_OFFLINE = True
+    name, config, split = (source.split(":") + [None, None])[:3]
+    try:
+        rows = datasets.load_dataset(name, config, split=split or "train")
+    except Exception as error:  # network, unknown id, missing config: many types, one cure
+        raise UsageError(f"{flag} {source} could not be fetched from the hub: check the name "
+                         "and the connection, or give a JSONL file "
+                         f"({type(error).__name__})") from None
+    known = [name for name in rows.column_names if name in COLUMNS] or rows.column_names
+    for batch in rows.select_columns(known).iter(1000):
+        for values in zip(*batch.values()):
+            yield dict(zip(batch, values))
+
+
+# The answer instruction that DAPO-Math-17k puts around each problem, against our own
+WRAPPER = ("Solve the following math problem step by step. The last line of your response should "
+           "be of the form Answer: $Answer (without quotes) where $Answer is the answer to the "
+           "problem.\n\n", '\n\nRemember to put your answer on its own line after "Answer:".')
 
 
 def as_problem(row):
@@ -403,17 +537,29 @@ def as_problem(row):
         problem = said_by("user", problem)
     if "reward_model" in row:
         answer = row["reward_model"]["ground_truth"]
-    if row.get("generations"):  # several solutions, of which some were verified
-        right = row.get("correctness_math_verify") or [True]
-        solution = row["generations"][right.index(True) if True in right else 0]
+    if row.get("generations"):
+        solution = verified(row)
     elif row.get("messages"):
         problem = problem or said_by("user", row["messages"])
         solution = said_by("assistant", row["messages"])
-    if "####" in str(answer):  # GSM8K's own layout
-        solution, answer = solution or answer, str(answer).split("####")[-1].strip()
     if not isinstance(problem, str) or answer is None:
         raise ValueError('no "problem" or no "answer"')
+    if not isinstance(answer, (str, int, float)) or not isinstance(solution, str):
+        raise ValueError("its answer or its solution is no text")
+    if "####" in str(answer):  # GSM8K's own layout
+        solution, answer = solution or answer, str(answer).split("####")[-1].strip()
+    problem = problem.removeprefix(WRAPPER[0]).removesuffix(WRAPPER[1])
     return {"problem": problem, "answer": str(answer), "solution": solution}
+
+
+def verified(row):
+    """The first complete generation that Math-Verify, or else the judge, found correct; or ""."""
+    names = "correctness_math_verify", "correctness_llama", "is_reasoning_complete"
+    verdicts = (row.get(name) or [] for name in names)
+    for text, right, judged, complete in zip_longest(row["generations"], *verdicts):
+        if (right or judged) and complete is not False:
+            return text
+    return ""
 
 
 def said_by(role, messages):
@@ -432,9 +578,16 @@ def as_prompt(tokenizer, problem, instruction):
     return tokenizer.chat([{"role": "user", "content": problem + instruction}])
 
 
+def normal(problem):
+    """The text but for case, white space and the form of its Unicode. Another wording of the same
+    problem stays another problem."""
+    return " ".join(unicodedata.normalize("NFC", problem.casefold()).split())
+
+
 def on_test_side(problem, percent=20):
-    """Whether a hash puts this problem among those never trained on: the same in every run."""
-    return hashlib.sha256(problem.encode("utf-8", "replace")).digest()[0] < 2.56 * percent
+    """Whether a hash of its normal text puts a problem among those never trained on: the same in
+    every run, every stage and all data."""
+    return hashlib.sha256(normal(problem).encode("utf-8", "replace")).digest()[0] < 2.56 * percent
 
 
 def shuffled_slice(items, first, count, seed):
@@ -501,26 +654,42 @@ def schedule(step, steps, lr, warmup, kind="constant", decay_from=0.0, floor=0.1
 
 
 class Trainer:
-    """A model in training: float32 master weights, AdamW, and, with several ranks, FSDP2's shards.
+    """A model in training: float32 master weights and AdamW.
 
-    A GPU computes in bfloat16 and recomputes each block in the backward.
+    A GPU computes in bfloat16 and recomputes all blocks but the last keep_blocks in the backward.
+    Several ranks share all of it by FSDP2; so does one rank with offload, whose shard, the whole
+    model and its optimizer, lies in host memory and visits the GPU block by block.
     """
 
-    def __init__(self, model, device, micro_tokens=16384, weight_decay=0.0, grad_clip=1.0):
+    def __init__(self, model, device, micro_tokens=16384, weight_decay=0.0, grad_clip=1.0,
+                 keep_blocks=0, compile=False, offload=False):
         self.device, self.micro_tokens, self.grad_clip = device, micro_tokens, grad_clip
-        self.skipped = 0  # steps in a row whose gradient was not finite
-        self.model = model.to(device, torch.float32)
-        self.model.checkpointing = device.type == "cuda"
-        if WORLD > 1:
-            policy = MixedPrecisionPolicy(
+        self.weight_decay, self.skipped = weight_decay, 0  # skipped: steps in a row
+        self.sharded = WORLD > 1 or offload
+        self.model = model.to("cpu" if offload else device, torch.float32)
+        if device.type == "cuda":
+            self.model.recomputed = max(0, model.config.num_hidden_layers - keep_blocks)
+        blocks = self.model.model.layers
+        if compile:  # packed rows have any length: one graph for all
+            for block in blocks:
+                block.compile(dynamic=True)
+        if self.sharded:
+            kind = {"mp_policy": MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16 if device.type == "cuda" else None,
-                reduce_dtype=torch.float32)
-            for block in self.model.model.layers:
-                fully_shard(block, mp_policy=policy)
-            fully_shard(self.model, mp_policy=policy)
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        vectors = [p for p in model.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": weight_decay},
+                reduce_dtype=torch.float32)}
+            if offload:
+                on_gpu = device.type == "cuda"
+                kind |= {"mesh": init_device_mesh(device.type, (WORLD,)),
+                         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu)}
+            for block in blocks:
+                fully_shard(block, **kind)
+            fully_shard(self.model, **kind)
+        self.reset_optimizer()
+
+    def reset_optimizer(self):
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": self.weight_decay},
                   {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.95),
                                            fused=True)
@@ -576,22 +745,25 @@ class Trainer:
             if i < len(rows):  # the others are idle
                 rows[i][name] = logprobs[0].tolist()
 
-    def state(self):
-        """Full, unsharded (weights, optimizer state); a collective under FSDP."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=WORLD > 1)
+    def state(self, copied=False):
+        """Full, unsharded (weights, optimizer state), on request a GPU's as copies in host memory;
+        a collective under FSDP, in which rank 0 gets them."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=copied or WORLD > 1)
         return (get_model_state_dict(self.model, options=options),
                 get_optimizer_state_dict(self.model, self.optimizer, options=options))
 
     def load_state(self, weights, optimizer):
+        """From rank 0, which has read them; other ranks give empty dictionaries."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=WORLD > 1)
-        if self.model.config.tie_word_embeddings:
+        if weights and self.model.config.tie_word_embeddings:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         set_model_state_dict(self.model, weights, options=options)
         set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
 
-def pick_device(name):
-    """"auto", "cpu" or "cuda" -> torch.device, with the process group of a torchrun started."""
+def pick_device(name, group=False):
+    """"auto", "cpu" or "cuda" -> torch.device; with a torchrun, or on request, its process group is
+    started."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: no CUDA GPU is visible here; "
                          "leave the flag out to run on the CPU")
@@ -601,9 +773,11 @@ def pick_device(name):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    if WORLD > 1 and not dist.is_initialized():
+    if (WORLD > 1 or group) and not dist.is_initialized():
+        alone = {} if WORLD > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         # So long a timeout, since rank 0 validates alone
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12),
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
+                                timeout=timedelta(hours=12), **alone,
                                 **({"device_id": device} if cuda else {}))
     return device
 
@@ -647,46 +821,41 @@ class Run:
         for step in run.steps(n):       # counts, saves, stops when asked to
             ...
             run.log(record)
-        folder = run.finish()           # the model now lies in the folder itself
+        folder = run.finish()           # the model and run.json now lie in the folder itself
 
     Every random choice of a run derives from (seed, step), so the step is the whole data position
     and a resumed run repeats an undisturbed one bit by bit. Checkpoints are written under a
-    temporary name; the last two are kept.
+    temporary name; the last two are kept while the run goes on, the last one when it is finished.
     """
 
     def __init__(self, settings, folder=None, identity=None):
         self.folder = Path(folder or settings.folder())
         self.identity = identity or settings.identity()
-        self.save_every, self.wandb = settings.save_every, settings.wandb
-        self.step, self.seconds, self.began = 0, 0.0, time.time()
-        self.stopping, self.records, self.drawn, self.printed = False, [], 0.0, time.time()
+        self.save_seconds, self.wandb = 60 * settings.save_minutes, settings.wandb
+        self.step, self.seconds, self.best, self.texts = 0, 0.0, -math.inf, {}
+        self.stopping, self.records, self.writing = False, [], None
 
     def finished(self, steps, hours=0):
         """Whether the run is complete on the disk; nothing is written."""
-        newest = self.newest()
-        if newest is None or not (self.folder / "config.json").exists():
+        path = self.folder / "run.json"
+        if not (path.exists() and (self.folder / "config.json").exists()):
             return False
-        state = newest[1]
-        return state["step"] >= steps or bool(hours and state["seconds"] >= hours * 3600)
+        told = read_json(path)
+        try:
+            self.refuse_other(told["identity"])
+            return told["step"] >= steps or bool(hours and told["seconds"] >= hours * 3600)
+        except (KeyError, TypeError, AttributeError):
+            raise UsageError(f"{path} is not what a run writes: remove it, and the same command "
+                             "continues from the last checkpoint") from None
 
-    def newest(self):
-        """(folder, state) of the newest checkpoint that is whole, or None; refuses one that was
-        made with other settings."""
-        for checkpoint in sorted(self.folder.glob("step-*"), reverse=True):
-            try:
-                state = load_state(checkpoint, mmap=True)  # nothing large is read yet
-                check_readable(checkpoint)
-                differ = [k for k, v in self.identity.items() if state["identity"].get(k) != v]
-            except Exception as error:  # truncated, unreadable, not ours: the one before may do
-                print(f"{checkpoint} is damaged ({type(error).__name__}): trying the one before",
-                      file=sys.stderr)
-                continue
-            if differ:
-                raise UsageError(f"{self.folder} holds a run with other settings "
-                                 f"({', '.join(differ)}): give the same flags to continue it, "
-                                 "or another --out")
-            return checkpoint, state
-        return None
+    def refuse_other(self, identity):
+        differ = [k for k, v in self.identity.items() if identity.get(k) != v]
+        if differ:
+            raise UsageError(f"{self.folder} holds a run with other settings "
+                             f"({', '.join(differ)}): give the same flags to continue it, "
+                             "or another --out")
+
+    # -- from start to finish
 
     def start(self, trainer):
         """From here on the folder is written to, by this process alone."""
@@ -694,63 +863,60 @@ class Run:
         self.handle_signals(dict.fromkeys(DEFAULT_HANDLERS, self.interrupt))
         if RANK == 0:
             self.take_lock()
-        if newest := self.newest():
-            checkpoint, state = newest
-            trainer.load_state(read_weights(checkpoint), load_state(checkpoint)["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
-        self.began = time.time()
+        self.resume()
+        self.began = self.saved = self.drawn = self.printed = time.time()
+        self.first = self.step, self.began  # of this process, to tell the time left
         if RANK == 0:
-            self.continue_log()
+            self.continue_files()
 
-    def take_lock(self):
+    def take_lock(self, patience=10):
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.folder / "lock", "a")
         except OSError as error:
             raise UsageError(f"{self.folder} cannot be written ({error.strerror}): "
                              "choose another --out") from None
-        try:
-            if fcntl:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UsageError(f"{self.folder} is in use by another run: wait for it, stop it, "
-                             "or choose another --out") from None
-
-    def continue_log(self):
-        """Keeps the records up to the checkpoint: what came after it will be done again."""
-        path, kept = self.folder / "log.jsonl", []
-        if self.step:
-            print(f"{self.folder}: continuing after step {self.step}", flush=True)
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            kept = [r for r in map(json.loads, lines) if r.get("step", 0) <= self.step]
-        write_file(path, lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in kept)))
-        self.records = kept
-        self.wandb = start_wandb(self.wandb, self.folder, self.identity) if self.wandb else None
-        self.append({"settings": self.identity, **describe_machine(self.trainer.device)})
+        for attempt in range(patience):  # an owner that was killed may be about to end
+            try:
+                if fcntl:
+                    fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(1 if attempt < patience - 1 else 0)
+        raise UsageError(f"{self.folder} is in use by another run: wait for it, stop it, "
+                         "or choose another --out")
 
     def steps(self, total, hours=0):
         """Yields the steps (0-based) that are left. After each: counts it, saves where due, stops
         where Ctrl-C, SIGTERM or the clock ask for it; all ranks leave in the same step."""
+        self.total = total
         while self.step < total:
             if self.agreed(hours and self.elapsed() > hours * 3600):
-                return self.save()  # once more: its clock says that the run is complete
+                return
             (self.folder / "config.json").unlink(missing_ok=True)  # a longer run is not finished
             yield self.step
             self.step += 1
             stop = self.agreed(self.stopping)
-            if stop or self.step >= total or self.step % self.save_every == 0:
+            if stop or self.agreed(time.time() - self.saved >= self.save_seconds):
                 self.save()
             if stop and self.step < total:
+                self.wait()
                 raise KeyboardInterrupt
 
     def finish(self):
         """The model into the folder itself, and the run's last picture -> the folder."""
-        if self.step == 0:  # --steps 0: the window is set, nothing is trained
+        seconds = self.elapsed()
+        self.wait()
+        if not checkpoints(self.folder) or number(checkpoints(self.folder)[-1]) < self.step:
             self.save()
+            self.wait()
         weights, _ = self.trainer.state()
         if RANK == 0:
-            self.on_disk(lambda: self.trainer.model.save_pretrained(self.folder, weights))
-            self.on_disk(self.draw)
+            self.trainer.model.save_pretrained(self.folder, weights)
+            told = {"step": self.step, "seconds": seconds, "identity": self.identity}
+            write_file(self.folder / "run.json", lambda f: f.write_text(json.dumps(told)))
+            prune(self.folder, keep=1)
+            draw_curves(self.folder / "curves.png", self.records, str(self.folder))
             self.lock.close()
         if WORLD > 1:
             dist.barrier()
@@ -774,8 +940,103 @@ class Run:
         return all_max(float(bool(condition)), self.trainer.device) > 0
 
     def elapsed(self):
-        """Seconds of the run, over interruptions."""
+        """Seconds of the run, over interruptions, without those off the clock."""
         return self.seconds + time.time() - self.began
+
+    @contextmanager
+    def off_the_clock(self):
+        """What --hours does not count: validation and saving."""
+        began = time.time()
+        yield
+        self.began += time.time() - began
+
+    # -- checkpoints
+
+    def save(self):
+        """Writes step-N: on a GPU from a copy, while the run goes on, if host memory has room."""
+        with self.off_the_clock():
+            self.wait()
+            size = 12 * sum(p.numel() for p in self.trainer.model.parameters())
+            aside = self.trainer.device.type == "cuda" and host_memory() > 1.2 * size
+            weights, optimizer = self.trainer.state(copied=aside)
+            state = {"step": self.step, "seconds": self.elapsed(), "identity": self.identity,
+                     "best": self.best, "texts": dict(self.texts), "optimizer": optimizer}
+            if RANK == 0:
+                self.writing = WRITER.submit(self.write_checkpoint, weights, state)
+                if not aside:
+                    self.wait()
+                if time.time() - self.drawn > 60:
+                    draw_curves(self.folder / "curves.png", self.records, str(self.folder))
+                    self.drawn = time.time()
+            if WORLD > 1:
+                dist.barrier()
+            self.saved = time.time()
+
+    def wait(self):
+        """For the checkpoint that is being written."""
+        if self.writing:
+            self.writing.result()
+            self.writing = None
+
+    def write_checkpoint(self, weights, state):
+        target, temporary = self.folder / f"step-{state['step']:06d}", self.folder / "step.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        prune(self.folder, keep=1)  # never more than two on the disk
+        self.trainer.model.save_pretrained(temporary, weights)
+        write_file(temporary / "trainer.pt", lambda f: torch.save(state, f))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(temporary, target)
+
+    def resume(self):
+        """Continues from the newest checkpoint that is whole; refuses one that was made with other
+        settings. Rank 0 reads it."""
+        weights, state = {}, {}
+        for checkpoint in reversed(checkpoints(self.folder)) if RANK == 0 else ():
+            try:
+                state = torch.load(checkpoint / "trainer.pt", map_location="cpu", weights_only=True)
+                weights = read_weights(checkpoint)
+                self.step, self.seconds, self.best = (
+                    state[key] for key in ("step", "seconds", "best"))
+                self.texts, identity = dict(state["texts"]), dict(state["identity"])
+                break
+            except Exception as error:  # truncated, unreadable, not ours: the one before may do
+                print(f"{checkpoint} is damaged ({type(error).__name__}): trying the one before",
+                      file=sys.stderr)
+                self.step, state = 0, {}
+        if state:
+            self.refuse_other(identity)
+        self.step, self.seconds, self.best = (
+            all_max(x, self.trainer.device) for x in (self.step, self.seconds, self.best))
+        self.step = int(self.step)
+        if self.agreed(state):
+            self.trainer.load_state(weights, state.get("optimizer", {}))
+        elif (self.folder / "run.json").exists():
+            raise UsageError(f"{self.folder} is finished, and its optimizer's state was dropped: "
+                             "it cannot be continued; choose another --out")
+
+    def keep_best(self, value):
+        """The model with the highest value so far lies in best/, beside the last one."""
+        if value > self.best:
+            self.best = value
+            weights, _ = self.trainer.state()
+            if RANK == 0:
+                self.trainer.model.save_pretrained(self.folder / "best", weights)
+
+    # -- log
+
+    def continue_files(self):
+        """Cuts the log and the texts off at the checkpoint: what came after will be done again."""
+        path, kept = self.folder / "log.jsonl", []
+        if self.step:
+            print(f"{self.folder}: continuing after step {self.step}", flush=True)
+            kept = [r for r in read_records(path) if r.get("step", 0) <= self.step]
+        write_file(path, lambda f: f.write_text("".join(json.dumps(r) + "\n" for r in kept)))
+        for text in self.folder.glob("*.txt"):
+            if not text.is_symlink():
+                os.truncate(text, min(text.stat().st_size, self.texts.get(text.name, 0)))
+        self.records = kept
+        self.wandb = start_wandb(self.wandb, self.folder, self.identity) if self.wandb else None
+        self.append({"settings": self.identity, **describe_machine(self.trainer.device)})
 
     def log(self, record, line="", every=0):
         """Appends the record of the step that runs; prints the line at most each `every` s."""
@@ -783,54 +1044,71 @@ class Run:
         if RANK != 0:
             return
         if line and time.time() - self.printed >= every:
-            print(f"{line} | {record['elapsed']:.0f} s", flush=True)
+            first, began = self.first
+            pace = (time.time() - began) / (record["step"] - first)  # with saves and validation
+            left = duration(pace * (self.total - record["step"]))
+            print(f"{line} | {left} left", flush=True)
             self.printed = time.time()
         self.append(record)
 
     def append(self, record):
         self.records.append(record)
-        with open(self.folder / "log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
+        append_file(self.folder / "log.jsonl", json.dumps(record) + "\n")
         if self.wandb and "step" in record:
             self.wandb.log(record, step=record["step"])
 
-    def save(self):
-        """Writes step-N and, now and then, the picture."""
-        weights, optimizer = self.trainer.state()
-        if RANK == 0:
-            self.on_disk(lambda: self.write_checkpoint(weights, optimizer))
-            if time.time() - self.drawn > 60:
-                self.on_disk(self.draw)
-        if WORLD > 1:
-            dist.barrier()
+    def write_text(self, name, text):
+        """Appends to a text for people, such as episodes.txt."""
+        append_file(self.folder / name, text)
+        self.texts[name] = (self.folder / name).stat().st_size
 
-    def write_checkpoint(self, weights, optimizer):
-        target, temporary = self.folder / f"step-{self.step:06d}", self.folder / "step.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.trainer.model.save_pretrained(temporary, weights)
-        state = {"step": self.step, "seconds": self.elapsed(), "identity": self.identity,
-                 "optimizer": optimizer}
-        write_file(temporary / "trainer.pt", lambda f: torch.save(state, f))
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(temporary, target)
-        for old in sorted(self.folder.glob("step-*"))[:-2]:
-            shutil.rmtree(old)
 
-    def draw(self):
-        draw_curves(self.folder / "curves.png", self.records, str(self.folder))
-        self.drawn = time.time()
+WRITER = ThreadPoolExecutor(1)
 
-    def on_disk(self, write):
+
+def checkpoints(folder):
+    """The folders step-<digits>, oldest first; whatever else is called so is not ours."""
+    return sorted((path for path in folder.glob("step-*")
+                   if re.fullmatch(r"step-[0-9]+", path.name) and path.is_dir()
+                   and not path.is_symlink()), key=number)
+
+
+def number(checkpoint):
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def prune(folder, keep=0):
+    for old in checkpoints(folder)[:-keep or None]:
+        shutil.rmtree(old)
+
+
+def host_memory():
+    """Free bytes; 0 where the system does not tell."""
+    if sys.platform != "linux":
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def duration(seconds):
+    """12 s, 3:20 min or 5:07 h."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    unit, size = ("min", 60) if seconds < 3600 else ("h", 3600)
+    return f"{int(seconds // size)}:{int(seconds % size * 60 // size):02d} {unit}"
+
+
+def read_records(path):
+    """The records of a log; lines that are none (cut off, damaged) are left out."""
+    records = []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    for line in lines:
         try:
-            write()
-        except OSError as error:
-            raise UsageError(f"{self.folder} could not be written ({error.strerror}): free some "
-                             "space or choose another --out; the checkpoint before it is whole"
-                             ) from None
-
-
-def load_state(checkpoint, mmap=False):
-    return torch.load(checkpoint / "trainer.pt", map_location="cpu", mmap=mmap, weights_only=True)
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step", 0), int):
+            records.append(record)
+    return records
 
 
 def start_wandb(project, folder, settings):
@@ -845,8 +1123,7 @@ def start_wandb(project, folder, settings):
 
 def read_log(folder):
     """The records of the steps in a run's log."""
-    lines = (folder / "log.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if "step" in record]
+    return [record for record in read_records(folder / "log.jsonl") if "step" in record]
 
 
 def describe_machine(device):
@@ -866,10 +1143,13 @@ COLORS = {"SA": "#0072B2", "SWA": "#D55E00", "hybrid": "#009E73"}  # Okabe and I
 
 CURVES = {  # column of log.jsonl: label; a run's picture shows those that it has
     "loss": "training loss (nats/token)", "held_out": "held-out loss (nats/token)",
-    "reward": "mean reward", "length": "mean length (tokens)",
+    "reward": "mean reward", "validation": "validation accuracy", "length": "mean length (tokens)",
     "entropy": "policy entropy (nats/token)", "truncated": "truncated share",
     "grad_norm": "gradient norm before clipping", "tok_per_s": "tokens/s",
 }
+
+
+LEVELS = {"held_out": {"teacher": "SA", "before": "before training"}}  # lines across a curve
 
 
 def new_figure(*size, **more):
@@ -895,6 +1175,10 @@ def draw_curves(path, records, title):
         points = [(r["step"], r[column]) for r in records if r.get(column) is not None]
         axis.plot(*zip(*points, strict=True), color="black", linewidth=1.2,
                   marker="." if len(points) < 60 else "")
+        for level, label in LEVELS.get(column, {}).items():
+            for value in {r[level] for r in records if level in r}:
+                axis.axhline(value, color="gray", linewidth=0.8, linestyle=":")
+                axis.text(points[-1][0], value, label, fontsize=7, ha="right", va="bottom")
         axis.set(title=CURVES[column], xlabel="step")
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
@@ -913,28 +1197,34 @@ def markdown(rows, cell=str):
 
 
 # --------------------------------------------------------------------------------------------------
-# memory
+# before a run: what would end it after a night ends it in a minute
 
 
-def memory_plan(config, tokens, slots=0, length=0):
+def memory_plan(config, tokens, slots=0, length=0, keep_blocks=0, offload=False):
     """[(phase, part, bytes)] of a GPU run; its peak is "always" plus the larger of the two others.
 
     tokens: of one micro-batch in the update; slots sequences of up to `length` tokens in rollouts.
     """
-    with torch.device("meta"):
-        P = sum(p.numel() for p in Transformer(config).parameters())
     C, I, L = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    P, root = parameters(config), config.vocab_size * C * (2 - config.tie_word_embeddings)
+    one = (P - root) // L  # parameters of a block
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    block = 3 * I + 4 * C + 2 * heads  # what the backward of a block needs of each token
+    block = 2 * tokens * (3 * I + 4 * C + 2 * heads)  # what a block's backward needs, bfloat16
     plan = [
         ("always", "weights, float32 masters", 4 * P),
         ("always", "AdamW, two moments, float32", 8 * P),
         ("update", "gradients, float32", 4 * P),
-        ("update", "bfloat16 casts of the weights", 2 * P),
+        ("update", "bfloat16 casts of the weights", 2 * (root + 2 * one))]
+    if offload:  # the rest lies in host memory
+        plan = [("update", "embedding and head, and their gradients", 6 * root),
+                ("update", "two blocks and their gradients, bfloat16", 2 * 4 * one)]
+    plan += [
         ("update", "block inputs kept for the backward", 2 * tokens * C * L),
-        ("update", "one block recomputed, and its gradients", 2 * 2 * tokens * block),
+        ("update", "one block recomputed, and its gradients", 2 * block),
         ("update", "a chunk of logits and its gradients",
          3 * 4 * min(LOGITS_PER_CHUNK, tokens * config.vocab_size))]
+    if keep_blocks:
+        plan.append(("update", f"{keep_blocks} blocks' activations", keep_blocks * block))
     if slots:
         cache = slots * Cache.bytes_per_slot(config, length, torch.bfloat16)
         plan += [("always", "rollout copy, bfloat16", 2 * P),
@@ -942,9 +1232,18 @@ def memory_plan(config, tokens, slots=0, length=0):
     return plan
 
 
+def parameters(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in Transformer(config).parameters())
+
+
+def phases(plan):
+    return {phase: sum(size for at, _, size in plan if at == phase) for phase, _, _ in plan}
+
+
 def peak_bytes(plan):
-    phases = {phase: sum(size for at, _, size in plan if at == phase) for phase, _, _ in plan}
-    return phases["always"] + max(phases["update"], phases.get("rollout", 0))
+    size = {"always": 0, "rollout": 0} | phases(plan)
+    return size["always"] + max(size["update"], size["rollout"])
 
 
 def config_of(model):
@@ -954,17 +1253,89 @@ def config_of(model):
     return read_config(resolve(model, ["config.json"]))
 
 
-def print_plan(settings, tokens, slots=0, length=0):
+def plan_of(settings, tokens, slots=0, length=0):
     """The plan of one GPU, before anything is allocated; needs config.json only."""
     config = replace(config_of(settings.model), window=settings.window,
                      full_layers=settings.full_layers)
+    return memory_plan(config, max(tokens, settings.micro_tokens), slots, length,
+                       settings.keep_blocks, settings.offload)
+
+
+def print_plan(settings, tokens, slots=0, length=0):
+    """The plan, part by part; of several models (a,b), SA beside SWA, a line each."""
+    models, gpu = settings.model.split(","), settings.memory
     tokens = max(tokens, settings.micro_tokens)
-    plan = memory_plan(config, tokens, slots, length)
-    plan.append(("", "peak: always + the larger phase", peak_bytes(plan)))
+    if gpu is None and torch.cuda.is_available():
+        gpu = torch.cuda.mem_get_info()[1] / 1e9
+    rows = []
+    for model in models:
+        for window in (None, settings.window) if len(models) > 1 else (settings.window,):
+            plan = plan_of(settings.but(model=model, window=window), tokens, slots, length)
+            peak = peak_bytes(plan) / 1e9
+            if len(models) == 1:
+                rows += [{"when": phase, "what": part, "GB": f"{size / 1e9:.2f}"}
+                         for phase, part, size in plan]
+                rows.append({"when": "", "what": "peak: always + the larger phase",
+                             "GB": f"{peak:.2f}"})
+            else:
+                rows.append({"model": model, "window": window or "full", **{
+                    phase: f"{size / 1e9:.1f}" for phase, size in phases(plan).items()},
+                    "peak, GB": f"{peak:.1f}"})
     print(f"{settings.model}, window {settings.window or 'full'}, micro-batches of {tokens:,} "
-          "tokens; computed\n")
-    rows = [{"when": phase, "what": part, "GB": f"{size / 1e9:.2f}"} for phase, part, size in plan]
-    print("\n".join(markdown(rows)))
+          f"tokens, {slots} sequences of {length:,} in rollouts; computed\n")
+    print("\n".join(markdown(rows, str)))
+    if gpu and len(models) == 1:
+        print(f"\na GPU of {gpu:.0f} GB: {'yes' if peak <= 0.95 * gpu else 'no; ' + SMALLER}")
+        print(f"disk: up to {disk_bytes(settings.model) / 1e9:.1f} GB")
+
+
+def disk_bytes(model):
+    """Two checkpoints of weights and moments, while one is replaced; the final and the best model.
+    """
+    return (2 * 12 + 2 * 4) * parameters(config_of(model))
+
+
+SMALLER = "give --offload, or lower --micro-tokens (training) or --slots (rollouts)"
+
+
+def preflight(settings, device, tokens, slots=0, length=0):
+    """Refuses what the disk or the GPU cannot hold; says in a line what a run will take."""
+    needed, place = disk_bytes(settings.model), Path(settings.out)
+    while not place.exists():
+        place = place.parent
+    free, line = shutil.disk_usage(place).free, ""
+    if free < needed:
+        raise UsageError(f"{place} has {free / 1e9:.1f} GB free, and the run needs up to "
+                         f"{needed / 1e9:.1f}: free some space or choose another --out")
+    if device.type == "cuda":
+        peak = peak_bytes(plan_of(settings, tokens, slots, length))
+        total = torch.cuda.mem_get_info(device)[1]
+        line = f", GPU memory about {peak / 1e9:.0f} of {total / 1e9:.0f} GB"
+        if peak > total:
+            raise UsageError(f"the run takes about {peak / 1e9:.0f} GB of GPU memory, and there are"
+                             f" {total / 1e9:.0f} (see --plan): {SMALLER}")
+    if RANK == 0:
+        print(f"{settings.folder()}: {settings.steps} steps, disk up to {needed / 1e9:.1f} of "
+              f"{free / 1e9:.0f} GB{line}", flush=True)
+
+
+def shakedown(run, trainer, tokens, roll_out=None):
+    """The largest that will come, once, before the first step: a micro-batch of so many tokens, an
+    optimizer's step on zero gradients, all sequences of a rollout (roll_out), a save and a load.
+    It leaves the run as it was."""
+    began = time.time()
+    row = make_row([0], [0] * tokens, advantage=[0.0] * tokens, mask=[1.0] * tokens,
+                   rollout_logprobs=[0.0] * tokens)
+    trainer.update([row], lambda logprobs, micro: 0.0 * logprobs.sum(), lr=0.0)
+    if roll_out:
+        roll_out()
+    run.save()
+    run.wait()
+    run.resume()
+    trainer.reset_optimizer()  # its first step is still to come
+    if RANK == 0:
+        print(f"shakedown: {tokens:,} tokens, a rollout's slots, a save and a load passed in "
+              f"{duration(time.time() - began)}", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -989,12 +1360,16 @@ class RunningSums:
                 "max_length": 256, "eval_every": 50, "eval_examples": 200, "data": "tiny",
                 "instruction": ""},
         "rl": {"window": 24, "steps": 40, "prompts": 16, "group": 8, "max_new_tokens": 140,
-               "lr": 7e-4, "warmup": 3, "validate": 512, "data": "tiny", "instruction": ""},
+               "lr": 7e-4, "warmup": 3, "validate": 512, "validate_every": 20, "data": "tiny",
+               "instruction": ""},
     }
     pretraining = {"steps": 1500, "rounds": 4, "batch": 16, "length": 128, "lr": 3e-3,
                    "warmup": 75}
     grade = None  # rl.py's answer checker, as for real problems
     measures = {"restatements": lambda response: response.count("[")}
+
+    def only(self, select):
+        return self  # problems that it makes as they are asked for
 
     def sft(self, settings):
         """(training problems, held-out problems): 80 % of the solutions hardly restate, 20 %
@@ -1190,7 +1565,7 @@ def flags(stage, description):
         if f.default not in (None, (), False):
             own = f", tiny: {tiny[f.name]!r}" if f.name in tiny else ""
             text += f" (default: {f.default!r}{own})"
-        kinds = {int: int, int | None: int, float: float}
+        kinds = {int: int, int | None: int, float: float, float | None: float}
         flag = {"action": "store_true"} if f.type is bool else {"type": kinds.get(f.type, str)}
         parser.add_argument(name, help=text.replace("%", "%%"), **flag | f.metadata["flag"])
     return parser

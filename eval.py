@@ -61,12 +61,15 @@ from convert_sft import (
 )
 from model import (
     LOGITS_PER_CHUNK,
+    MODEL_FILES,
     Tokenizer,
     Transformer,
     UsageError,
     cli,
+    fingerprint,
     generate,
     log_softmax,
+    resolve,
     write_file,
 )
 from rl import (  # noqa: F401
@@ -178,15 +181,29 @@ def read_generations(file):
     for number, line in enumerate(lines, 1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise UsageError(f"{file} line {number} is not JSON: remove the file") from None
-    known = {"problem", "answer", "responses", "lengths", "finished"}
-    whole = rows and all(isinstance(row, dict) for row in rows) and "settings" in rows[0]
-    if not whole or any(not known <= row.keys() for row in rows[1:]):
+    first = rows[0] if rows else None
+    whole = isinstance(first, dict) and isinstance(first.get("settings"), dict)
+    if not whole or not all(map(is_record, rows[1:])):
         raise UsageError(f"{file} does not hold generations of eval.py: its first line has the "
                          "settings, each other one a problem with its answers")
-    return rows[0]["settings"], rows[1:]
+    return first["settings"], rows[1:]
+
+
+def is_record(row):
+    """Whether this is what answer_chunk writes; its verdicts may be missing."""
+    if not isinstance(row, dict) or {type(row.get(key)) for key in ("problem", "answer")} != {str}:
+        return False
+    kinds = {"responses": str, "lengths": int, "finished": bool}
+    lists = {key: row.get(key) for key in kinds} | {"verdicts": row.get("verdicts", [])}
+    if not all(isinstance(values, list) for values in lists.values()):
+        return False
+    n = len(lists["responses"])
+    return len(lists["verdicts"]) in (0, n) and all(
+        len(lists[key]) == n and all(type(value) is kind for value in lists[key])
+        for key, kind in kinds.items())
 
 
 def write_generations(file, settings, records):
@@ -202,7 +219,7 @@ def regrade(file):
     before, after = [], []
     for r in records:
         n = len(r["responses"])
-        before += r.get("verdicts", [None] * n)
+        before += r.get("verdicts") or [None] * n
         verdicts = grade_batch(r["responses"], [r["answer"]] * n, grader)
         r["verdicts"] = [verdict_of(*pair) for pair in zip(verdicts, r["finished"])]
         after += r["verdicts"]
@@ -211,14 +228,6 @@ def regrade(file):
     changed = sum(a != b for a, b in zip(before, after))
     print(f"{file}: {changed} of {len(after)} verdicts changed; {counts}, accuracy "
           f"{shown(over_seeds([scores_of(records)]))}")
-
-
-def fingerprint(model):
-    """A short hash of the weights: generations of another state of training are not continued."""
-    digest = hashlib.sha256()
-    for p in model.parameters():
-        digest.update(p.detach().flatten()[:64].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def stream_answer(model, tokenizer, args):
@@ -231,6 +240,7 @@ def stream_answer(model, tokenizer, args):
 
     ids = as_prompt(tokenizer, args.prompt, args.instruction or "")
     limit = args.max_new_tokens or min(32768, model.config.max_position_embeddings - len(ids))
+    print(f"[at most {limit} tokens, --max-new-tokens]", file=sys.stderr)
     rollout, = generate(model, [ids], limit, args.temperature, tokenizer.stop_ids, 1, args.seed,
                         top_p=args.top_p, n_ids=tokenizer.n_ids, stream=show)
     print(decoder.decode(b"", final=True))
@@ -387,8 +397,8 @@ def token_gaps(reference, rollouts, window, positions=None, micro_tokens=16384):
         some = questions[i:i + size]
         last = torch.stack([q.ids[q.at - window:q.at] for q in some])  # (n, W)
         short = reference.states(last)[:, -1]
-        everything = log_softmax(reference.lm_head(full[i:i + size]))  # (n, V)
-        windowed = log_softmax(reference.lm_head(short))
+        everything = log_softmax(reference.logits(full[i:i + size]))  # (n, V)
+        windowed = log_softmax(reference.logits(short))
         token = torch.stack([q.ids[q.at] for q in some])[:, None]
         log_ratio = (everything - windowed).gather(1, token)[:, 0]
         kl = (everything.exp() * (everything - windowed)).sum(1)
@@ -475,10 +485,10 @@ def plan(args, seed, variant=None, start=None, rows=None, **changes):
     if not variant:
         return Planned(settings)
     home = settings.folder().parent
-    settings = replace(settings, out=str(home / "analysis" / "runs" / variant))
+    settings = settings.but(out=str(home / "analysis" / "runs" / variant))
     if rows:  # the name tells other rows, so that a run on other data is not taken for this one
         name = f"sft-{hashlib.sha256(as_jsonl(rows).encode()).hexdigest()[:8]}.jsonl"
-        settings = replace(settings, sft_data=str(settings.folder().parent / name))
+        settings = settings.but(sft_data=str(settings.folder().parent / name))
     return Planned(settings, home / "base-wfull" if settings.tiny else None, start, rows)
 
 
@@ -520,7 +530,7 @@ def run_all(job, tasks, workers):
 
 def run_sft(settings):
     """Stage 1 alone, validated."""
-    return {"sft": validate(convert(settings.stage1()), settings)}
+    return {"sft": validate(convert(settings.stage1), settings)}
 
 
 BOTH = {"SA": {"window": None}, "SWA": {}}
@@ -763,7 +773,7 @@ def reach_run(folder, settings, full_layers, distances, length, how):
     model.config = replace(model.config, window=settings.window, full_layers=full_layers)
     tokenizer, device = Tokenizer(model.tokenizer_files), settings.start_device()
     trainer = Trainer(model, device, settings.micro_tokens)
-    run = Run(replace(settings, save_every=how.steps), folder,
+    run = Run(settings, folder,
               {"stage": "reach", "seed": settings.seed, "steps": how.steps})
     if run.finished(how.steps):
         trainer.model = model = Transformer.from_pretrained(folder, device=device)
@@ -776,7 +786,7 @@ def reach_run(folder, settings, full_layers, distances, length, how):
         for part in torch.tensor(examples, device=device).split(100):
             tokens, targets = part.unbind(1)  # (n, T) each
             with torch.no_grad():
-                guess = model.lm_head(model.states(tokens)[:, -1]).argmax(-1)
+                guess = model.logits(model.states(tokens)[:, -1]).argmax(-1)
             scores += (guess == targets[:, -1]).int()[:, None].tolist()
         found.append(scores)
     return found
@@ -813,7 +823,7 @@ def reach(args):
         for seed in args.seeds:
             settings = plan(args, seed, window=window).settings
             if not settings.tiny:  # stage 1's own settings
-                sft = settings.stage1()
+                sft = settings.stage1
                 how = Retrieval(sft.steps, sft.batch, sft.lr, sft.eval_examples)
             folder = runs / f"{label.split(',')[0]}-w{W}-seed{seed}"
             tasks.append((folder, settings, full_layers, distances, far + 35, how))
@@ -1010,7 +1020,9 @@ def draw_strip(axis, panel):
 def load(name, args):
     """-> (model, tokenizer), with --window in place of the model's own."""
     window = "config" if args.window == "own" else args.window
-    model = Transformer.from_pretrained(name, window=window, device=pick_device(args.device))
+    device = pick_device(args.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    model = Transformer.from_pretrained(name, window=window, device=device, dtype=dtype)
     if model.config.hidden_size <= 64:
         torch.set_num_threads(1)  # tiny matrices gain nothing from more
     return model, Tokenizer(model.tokenizer_files)
@@ -1030,8 +1042,9 @@ def benchmark(args):
             own = sampling_of(args, name, problems[name], model, tokenizer)
             keys = ("samples", "temperature", "top_p", "max_new_tokens", "instruction", "seed",
                     "chunk")
-            settings = {"model": path, "weights": fingerprint(model), "window": model.config.window,
-                        "benchmark": name, **{key: getattr(own, key) for key in keys}}
+            settings = {"model": path, "weights": fingerprint(resolve(path, MODEL_FILES)),
+                        "window": model.config.window, "benchmark": name,
+                        **{key: getattr(own, key) for key in keys}}
             file = Path(args.out) / "eval" / label / f"{Path(name).stem}.jsonl"
             found[label, name] = answer_benchmark(
                 model, tokenizer, problems[name], file, settings, own)
@@ -1040,7 +1053,13 @@ def benchmark(args):
     several = any(row["model"] != first for row in rows)
     title = f"Difference and p: paired bootstrap against {first}." if several else ""
     panel = grouped("", rows, "benchmark", "model", f"avg@{args.samples}", ylabel="accuracy")
-    write_report(Path(args.out) / "eval", "results", title, rows, {"results": [panel]}, args)
+    # Named after what was compared: no earlier table is overwritten
+    compared = [*dict.fromkeys(label.replace("/", ".") for label, _ in found)]
+    how = [args.model, names, args.samples, args.temperature, args.top_p, args.max_new_tokens,
+           args.instruction, args.window, args.limit, args.seed]
+    name = "-".join([*(Path(name).stem for name in names), *compared])[:80]
+    name += f"-{hashlib.sha256(repr(how).encode()).hexdigest()[:6]}"
+    write_report(Path(args.out) / "eval", name, title, rows, {name: [panel]}, args)
 
 
 def sampling_of(args, name, problems, model, tokenizer):

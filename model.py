@@ -17,17 +17,21 @@ ring has constant size, so there is nothing to page), RoPE scalings other than L
 """
 
 import copy
+import hashlib
 import json
+import math
 import os
 import re
+import reprlib
 import sys
 import time
 import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial, reduce, wraps
 from pathlib import Path
+from types import BuiltinMethodType
 
 import regex  # comes with tiktoken
 import tiktoken
@@ -78,6 +82,11 @@ class ModelConfig:
 
     def __post_init__(self):
         check_window(self.window)
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise UsageError(f"head_dim {self.head_dim}: RoPE turns pairs, give an even number")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UsageError(f"{self.num_attention_heads} attention heads are no multiple of "
+                             f"{self.num_key_value_heads} KV heads: groups must be equal")
         self.full_layers = tuple(sorted(set(self.full_layers)))
         if any(not 0 <= i < self.num_hidden_layers for i in self.full_layers):
             raise UsageError(f"full layers {self.full_layers}: this model's layers are 0 to "
@@ -92,8 +101,8 @@ class ModelConfig:
 
 def check_window(window):
     whole = isinstance(window, int) and not isinstance(window, bool)
-    if window is not None and not (whole and window >= 1):
-        raise UsageError(f"window {window!r}: give a whole number of keys >= 1, "
+    if window is not None and not (whole and 1 <= window < 2**31):
+        raise UsageError(f"window {reprlib.repr(window)}: give a whole number of keys >= 1, "
                          "or full for full attention")
 
 
@@ -137,18 +146,19 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        y = F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return y.to(x.dtype)  # CUDA's autocast computes it in float32 and leaves it there
 
 
 class Attention(nn.Module):
     """The projections around an attention that is handed in."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         H, Hkv = config.num_attention_heads, config.num_key_value_heads
         bias = config.model_type == "qwen2"
-        self.layer, self.D = layer, D
+        self.D = D
         self.q_proj = nn.Linear(C, H * D, bias=bias)
         self.k_proj = nn.Linear(C, Hkv * D, bias=bias)
         self.v_proj = nn.Linear(C, Hkv * D, bias=bias)
@@ -167,8 +177,14 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:  # before the key is cached: a ring slot then never needs its position
             q, k = rotate(q, rope), rotate(k, rope)
-        o = attend(self.layer, q, k, v)  # (B, T, H, D)
+        o = uncompiled(attend, q, k, v)  # (B, T, H, D)
         return self.o_proj(o.reshape(B, T, -1))
+
+
+@torch.compiler.disable
+def uncompiled(attend, *arguments):
+    """Keeps torch.compile out of the attention, and from compiling blocks anew for each attend."""
+    return attend(*arguments)
 
 
 class MLP(nn.Module):
@@ -184,10 +200,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer):
+    def __init__(self, config):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
@@ -197,14 +213,14 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The decoder. `checkpointing = True` recomputes each block in backward, not storing it."""
+    """The decoder. The backward recomputes the first `recomputed` blocks and stores the others."""
 
     def __init__(self, config):
         super().__init__()
-        self.config, self.checkpointing, self.tokenizer_files = config, False, {}
+        self.config, self.recomputed, self.tokenizer_files = config, 0, {}
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-            "layers": nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers)),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
         })
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -231,7 +247,7 @@ class Transformer(nn.Module):
         float32 and 0 where not asked, of softmax(logits / temperature).
         """
         x = self.states(tokens, cu_seqlens)
-        return self.lm_head(x) if targets is None else self.score(x, targets, temperature)
+        return self.logits(x) if targets is None else self.score(x, targets, temperature)
 
     def states(self, tokens, cu_seqlens=None):
         """tokens (B, T) -> the last layer's normalised states (B, T, C), of whole rows."""
@@ -256,12 +272,18 @@ class Transformer(nn.Module):
         rope = rope_tables(positions, self.frequencies, x.dtype)
         no_position = self.config.full_layers if self.config.nope_full else ()
         for i, block in enumerate(self.model.layers):
-            inputs = x, None if i in no_position else rope, attend
-            if self.checkpointing and torch.is_grad_enabled():
+            inputs = x, None if i in no_position else rope, partial(attend, i)
+            if i < self.recomputed and torch.is_grad_enabled():
                 x = checkpoint(block, *inputs, use_reentrant=False)
             else:
                 x = block(*inputs)
         return self.model.norm(x)
+
+    def logits(self, x):
+        """States (..., C) -> logits (..., V), on a GPU in float32 also of bfloat16 states."""
+        if x.is_cuda and x.dtype != torch.float32:
+            return Float32Product.apply(x, self.lm_head.weight)
+        return self.lm_head(x)
 
     def score(self, x, targets, temperature=1.0):
         """States x (B, T, C), targets (B, T) -> log-probabilities (B, T); see forward.
@@ -270,7 +292,7 @@ class Transformer(nn.Module):
         never exists: at 32k tokens and 152k words it would take 20 GB.
         """
         def chunk_logprobs(x, target):
-            logp = log_softmax(self.lm_head(x), temperature)  # (n, V)
+            logp = log_softmax(self.logits(x), temperature)  # (n, V)
             return logp.gather(-1, target[:, None])[:, 0]
 
         asked = (targets >= 0).nonzero(as_tuple=True)
@@ -297,18 +319,18 @@ class Transformer(nn.Module):
         full attention. dtype: None keeps the folder's. UsageError: one sentence about what is
         missing or wrong.
         """
-        folder = resolve(name_or_path, ["*.json", "*.safetensors", "*.jinja"])
+        folder = resolve(name_or_path, MODEL_FILES)
         config = read_config(folder)
         window = config.window if window == "config" else window
         if full_layers == "config":
             full_layers = config.full_layers
         config = replace(config, window=window, full_layers=() if window is None else full_layers)
+        check_weights(read_headers(folder), config, folder)
         with torch.device("meta"):
             model = cls(config)
         weights = read_weights(folder, dtype, device)
         if config.tie_word_embeddings:
-            weights["lm_head.weight"] = weights.get("model.embed_tokens.weight")
-        check_weights(weights, model.state_dict(), folder)
+            weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         model.load_state_dict(weights, assign=True)
         model.tie()
         model.tokenizer_files = read_tokenizer_files(folder)
@@ -333,6 +355,34 @@ class Transformer(nn.Module):
         dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
         config = config_to_json(self.config) | {"torch_dtype": dtype}
         write_file(folder / "config.json", lambda f: f.write_text(json.dumps(config, indent=2)))
+
+
+class Float32Product(torch.autograd.Function):
+    """x (..., C) @ weight (V, C).T, multiplied as x's type and kept in float32.
+
+    Rounded to bfloat16, logits of 16 to 32 lie .125 apart: the sampler's and the trained policy's
+    probabilities then differ by that, and RL suffers (arXiv 2506.13585). The weight's gradient is
+    in float32 too, since score() sums it over chunks.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        rows = x.flatten(0, -2)
+        return float32_mm(rows, weight.to(x.dtype).T).unflatten(0, x.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        rows, gradient = x.flatten(0, -2), gradient.to(x.dtype).flatten(0, -2)
+        of_x = torch.mm(gradient, weight.to(x.dtype)).view_as(x)
+        return of_x, float32_mm(gradient.T, rows).to(weight.dtype)
+
+
+def float32_mm(a, b):
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def log_softmax(logits, temperature=1.0):
@@ -500,8 +550,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), slots
              top_k=0, top_p=1.0, n_ids=None, progress=None, stream=None):
     """Samples one answer for each of prompts (lists of ids) -> list[Rollout], in their order.
 
-    Continuous batching: `slots` sequences run at a time (None: what half of the free memory holds,
-    at most 1024), the next prompt enters as soon as one ends, and equal prompts that enter
+    Continuous batching: `slots` sequences run at a time (None: what free memory holds, at most
+    1024), the next prompt enters as soon as one ends, and equal prompts that enter
     together share one prefill. temperature 0 is greedy. seed: an int (prompt i then uses seed + i)
     or one a prompt; an answer depends on its own seed only, exactly so in exact arithmetic (matrix
     products of another batch size may round differently). top_k and top_p are for evaluation: they
@@ -571,15 +621,17 @@ def check_prompts(model, prompts, max_new_tokens):
 
 
 def choose_slots(model, n, length):
-    """As many slots as n sequences need and half of the free memory holds; the rest is left for
-    activations."""
+    """As many slots as n sequences need and free memory holds, but for activations."""
     if model.device.type == "cuda":
-        free = torch.cuda.mem_get_info(model.device)[0]
+        # What PyTorch keeps of what it has freed is free as well: without it, the number of slots
+        # would depend on what ran before
+        kept = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+        free = 0.85 * (torch.cuda.mem_get_info(model.device)[0] + kept)
     elif sys.platform == "linux":
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+        free = 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     else:
-        free = 2**32
-    fitting = int(0.5 * free / Cache.bytes_per_slot(model.config, length, model.dtype))
+        free = 2**31
+    fitting = int(free / Cache.bytes_per_slot(model.config, length, model.dtype))
     return max(1, min(n, 1024, fitting))
 
 
@@ -691,7 +743,7 @@ class Decoder:
         now = self.running.first(n)
         attend = self.cache.decode(now.position)
         x = self.model.hidden(now.token[:, None], now.position[:, None], attend)  # (n, 1, C)
-        logits = self.model.lm_head(x[:, 0])  # (n, V)
+        logits = self.model.logits(x[:, 0])  # (n, V)
         at = now.made[:, None]
         uniform = now.uniform.gather(1, at)[:, 0]
         token, logprob = sample(logits, uniform, self.temperature, **self.truncation)
@@ -701,6 +753,7 @@ class Decoder:
         now.position += now.alive
         now.made += now.alive
         now.alive &= (token[:, None] != self.stops).all(-1) & (now.made < self.max_new_tokens)
+        now.position *= now.alive  # who has ended reads one key, not a whole ring
 
     def replay(self, n):
         """step(n) as a CUDA graph: the first step of a size runs as it is and is its warm-up."""
@@ -782,6 +835,7 @@ def can_block(weight):
 # --------------------------------------------------------------------------------------------------
 # Hugging Face folders
 
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json",
                    "special_tokens_map.json", "chat_template.jinja")
 ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
@@ -790,10 +844,54 @@ ARCHITECTURES = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
 # What config_to_json writes by itself; whatever else a config.json says passes through in `extra`
 OWN_KEYS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types",
             "rope_parameters", "architectures", "base_model_type"}
+LAYER_TYPES = "full_attention", "sliding_attention"
+MAX_IDS = 2**24
+# Types and ranges of what is read from config.json and its RoPE entry: far beyond any model, short
+# of what hangs or fills the memory
+ENTRIES = {
+    "model_type": (str,), "base_model_type": (str,), "layer_types": (list,),
+    "rope_parameters": (dict,), "rope_scaling": (dict,),
+    "vocab_size": (int, 1, MAX_IDS), "hidden_size": (int, 1, 2**20),
+    "intermediate_size": (int, 1, 2**20), "num_hidden_layers": (int, 1, 1000),
+    "num_attention_heads": (int, 1, 2**16), "num_key_value_heads": (int, 1, 2**16),
+    "head_dim": (int, 2, 2**16), "max_position_embeddings": (int, 1, 2**40),
+    "max_window_layers": (int, 0, 2**31), "use_sliding_window": (bool,),
+    "tie_word_embeddings": (bool,), "nope_full": (bool,), "rms_norm_eps": (float, 0, 1),
+    "rope_theta": (float, 1, 1e15), "factor": (float, 1e-3, 1e6),
+    "low_freq_factor": (float, 1e-3, 1e6), "high_freq_factor": (float, 1e-3, 1e6),
+    "original_max_position_embeddings": (int, 1, 2**40),
+}
+
+
+@contextmanager
+def reading(fault, cure="fetch it again, or use another checkpoint"):
+    """Around whatever reads what comes from outside: any failure is one sentence.
+
+    Left out: somebody who changes the files while they are read, and links inside a folder.
+    """
+    try:
+        yield
+    except (UsageError, KeyboardInterrupt, SystemExit, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:  # tiktoken's panics are no Exceptions
+        raise UsageError(f"{fault} ({type(error).__name__}: {error}): {cure}") from error
+
+
+def check_entries(d):
+    """UsageError unless an object's entries are of ENTRIES' types and ranges; null is absent."""
+    for key, (kind, *bounds) in ENTRIES.items():
+        value = d.get(key)
+        typed = type(value) is kind or (kind is float and type(value) is int)
+        if value is None or typed and (not bounds or bounds[0] <= value <= bounds[1]):
+            continue
+        between = f" from {bounds[0]} to {bounds[1]}" if bounds else ""
+        raise UsageError(f"config.json says {key}={reprlib.repr(value)}, not {kind.__name__}"
+                         f"{between}: mend it, or use another checkpoint")
 
 
 def config_from_json(d):
     """A parsed config.json -> ModelConfig; UsageError names what this transformer cannot do."""
+    check_entries(d)
     if d.get("model_type") == "nanoswarr":
         d = d | {"model_type": d["base_model_type"]}
     kind = d.get("model_type")
@@ -807,13 +905,20 @@ def config_from_json(d):
             raise UsageError(f"config.json says {key}={d[key]!r}, which is not supported here")
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
               "num_attention_heads")
-    if missing := [key for key in needed if key not in d]:
-        raise UsageError(f"config.json lacks {', '.join(missing)}: "
-                         "it is not a causal language model's")
     rope = d.get("rope_parameters") or d.get("rope_scaling") or {}  # transformers 5, or before
+    check_entries(rope)
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise UsageError(f"RoPE scaling {rope_type!r} is not supported (default and llama3 are)")
+    if rope_type == "llama3":
+        needed += ("factor", "low_freq_factor", "high_freq_factor",
+                   "original_max_position_embeddings")
+    if missing := [key for key in needed if (d | rope).get(key) is None]:
+        raise UsageError(f"config.json lacks {', '.join(missing)}: "
+                         "it is not a causal language model's")
+    if rope_type == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise UsageError("config.json's low_freq_factor is not below its high_freq_factor: "
+                         "mend it, or use another checkpoint")
     window, full_layers = window_from_json(d, kind)
     derived = {
         "num_key_value_heads": d.get("num_key_value_heads") or d["num_attention_heads"],
@@ -822,7 +927,7 @@ def config_from_json(d):
         "rope_scaling": rope if rope_type == "llama3" else None,
         "window": window, "full_layers": full_layers}
     names = {f.name for f in fields(ModelConfig)} - {"extra"}
-    plain = {name: d[name] for name in names if name in d}
+    plain = {name: d[name] for name in names if d.get(name) is not None}
     extra = {key: value for key, value in d.items() if key not in names | OWN_KEYS}
     return ModelConfig(**plain | derived, extra=extra)
 
@@ -833,10 +938,13 @@ def window_from_json(d, kind):
     if kind == "llama" or (qwen and not d.get("use_sliding_window", False)):
         return None, ()  # Qwen's config names a window that it does not use
     window, full = d.get("sliding_window", 4096), ()
-    if d.get("layer_types"):
-        full = tuple(i for i, kind in enumerate(d["layer_types"]) if kind == "full_attention")
+    if types := d.get("layer_types"):
+        if len(types) != n or any(t not in LAYER_TYPES for t in types):
+            raise UsageError(f"config.json's layer_types are not {n} of {', '.join(LAYER_TYPES)}")
+        full = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
     elif qwen:
-        full = tuple(range(min(n, d.get("max_window_layers", 28))))
+        most = d.get("max_window_layers")
+        full = tuple(range(min(n, 28 if most is None else most)))
     return (None, ()) if window is None or len(full) == n else (window, full)
 
 
@@ -846,7 +954,7 @@ def config_to_json(config):
     d = config.extra | {k: v for k, v in vars(config).items() if k not in ours}
     d["rope_parameters"] = {"rope_type": "default", **(config.rope_scaling or {}),
                             "rope_theta": config.rope_theta}
-    layer_types = ["full_attention" if w is None else "sliding_attention" for w in config.windows]
+    layer_types = [LAYER_TYPES[w is not None] for w in config.windows]
     if config.model_type.startswith("qwen"):
         d |= {"use_sliding_window": config.window is not None, "sliding_window": config.window,
               "max_window_layers": 0 if config.window else config.num_hidden_layers,
@@ -864,7 +972,9 @@ def config_to_json(config):
 
 
 def read_config(folder):
-    return config_from_json(read_json(folder / "config.json"))
+    path = folder / "config.json"
+    with reading(f"{path} is malformed"):
+        return config_from_json(read_json(path))
 
 
 def resolve(name_or_path, patterns):
@@ -886,15 +996,18 @@ def resolve(name_or_path, patterns):
 
 
 def read_json(path):
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    with reading(f"{path} is not readable"):
+        if not Path(path).exists():
+            raise UsageError(f"{path} does not exist: give a Hugging Face model folder")
+        return parse_json(path, Path(path).read_bytes())
+
+
+def parse_json(name, data):
+    with reading(f"{name} is not readable JSON"):
+        content = json.loads(data)
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
         return content
-    except FileNotFoundError:
-        raise UsageError(f"{path} does not exist: give a Hugging Face model folder") from None
-    except (ValueError, OSError) as error:
-        raise UsageError(f"{path} is not readable JSON ({error})") from None
 
 
 def weight_files(folder):
@@ -902,65 +1015,122 @@ def weight_files(folder):
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return ["model.safetensors"]
-    return sorted(set(read_json(index)["weight_map"].values()))
+    with reading(f"{index} is malformed"):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("its weight_map names no files, or files outside of the folder")
+    return names
 
 
 def read_weights(folder, dtype=None, device=None):
-    """All tensors of a folder's safetensors files; never pickles."""
+    """All tensors of a folder's safetensors files, each of them finite; never pickles."""
     weights = {}
     for name in weight_files(folder):
         with open_weights(folder, name, device) as f:
-            weights |= {key: f.get_tensor(key).to(dtype) for key in f.keys()}
+            for key in f.keys():
+                weights[key] = f.get_tensor(key).to(dtype)
+                if not torch.stack(weights[key].aminmax()).isfinite().all():
+                    raise UsageError(f"{folder / name}: {key} holds NaN or infinity: "
+                                     "fetch it again, or use another checkpoint")
     return weights
 
 
-def check_readable(folder):
-    """UsageError unless the safetensors files are there and whole; reads their headers only."""
+def read_headers(folder):
+    """{tensor: (shape, type)} of a folder's safetensors files, from their headers alone."""
+    found = {}
     for name in weight_files(folder):
-        with open_weights(folder, name):
-            pass
+        with open_weights(folder, name) as f:
+            for key in f.keys():
+                if key in found:
+                    raise UsageError(f"{folder} has the tensor {key} in two files: fetch it again")
+                found[key] = tuple(f.get_slice(key).get_shape()), f.get_slice(key).get_dtype()
+    return found
+
+
+def fingerprint(folder):
+    """A hash of a folder's weights: what was made from them says so."""
+    digest = hashlib.sha256()
+    for name in weight_files(folder):
+        with open_weights(folder, name), open(folder / name, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 @contextmanager
 def open_weights(folder, name, device=None):
-    try:
+    with reading(f"{folder / name} is damaged or truncated"):
+        if not (folder / name).is_file():
+            raise UsageError(f"{folder} has no {name}: weights load from safetensors only")
         with safe_open(folder / name, framework="pt", device=str(device or "cpu")) as f:
             yield f
-    except FileNotFoundError:
-        raise UsageError(f"{folder} has no {name}: weights load from safetensors only") from None
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{folder / name} is damaged or truncated ({error}): "
-                         "fetch it again") from None
 
 
-def check_weights(weights, expected, folder):
-    """UsageError unless the weights are those that the model expects, name by name and in shape."""
-    for what, names in (("lacks", expected.keys() - weights.keys()),
-                        ("has unknown", weights.keys() - expected.keys())):
+def expected_shapes(config):
+    """{name: shape} of a model's tensors, from one layer: a deep one is not built to be refused."""
+    with torch.device("meta"):
+        shallow = Transformer(replace(config, num_hidden_layers=1, full_layers=())).state_dict()
+    return {name.replace(".layers.0.", f".layers.{layer}."): tuple(tensor.shape)
+            for name, tensor in shallow.items()
+            for layer in range(config.num_hidden_layers if ".layers.0." in name else 1)}
+
+
+def check_weights(found, config, folder):
+    """UsageError unless the headers are those of the configuration: names, shapes and types."""
+    expected = expected_shapes(config)
+    for names in (found, expected) if config.tie_word_embeddings else ():
+        names.pop("lm_head.weight", None)  # it is the embedding, whatever a file calls one
+    for name, (_, kind) in found.items():
+        if kind not in ("F64", "F32", "F16", "BF16"):
+            raise UsageError(f"{folder}: {name} is stored as {kind}, which is not supported: "
+                             "use a checkpoint that is not quantised")
+    for what, names in (("lacks", expected.keys() - found.keys()),
+                        ("has unknown", found.keys() - expected.keys())):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             raise UsageError(f"{folder} {what} tensors {', '.join(sorted(names)[:3])}{more}: the "
                              "weights and config.json do not belong together, or a download "
                              "is incomplete")
-    for name, tensor in expected.items():
-        if weights[name].shape != tensor.shape:
-            raise UsageError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, "
-                             f"config.json asks for {tuple(tensor.shape)}")
+    for name, shape in expected.items():
+        if found[name][0] != shape:
+            raise UsageError(f"{folder}: {name} has shape {found[name][0]}, "
+                             f"config.json asks for {shape}")
 
 
 def read_tokenizer_files(folder):
     """{name: bytes}; with config.json, which may be the only one to name the stop ids."""
     names = (*TOKENIZER_FILES, "config.json")
-    return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
+    with reading(f"a tokenizer's file in {folder} is not readable"):
+        return {name: (folder / name).read_bytes() for name in names if (folder / name).is_file()}
 
 
 def write_file(path, write):
-    """write(temporary path), flushed to the disk, then renamed: path is never seen half-written."""
+    """write(temporary path), flushed to the disk, then renamed: path is never seen half-written.
+
+    UsageError if the disk is full or refuses, in whatever way write notices; path stays as it was.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    with open(temporary, "rb+") as f:
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise not_written(path, error) from None
+
+
+def append_file(path, text):
+    try:
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
+    except OSError as error:
+        raise not_written(path, error) from None
+
+
+def not_written(path, error):
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UsageError(f"{path} could not be written ({reason}): free some space or choose another "
+                      "--out; what was there before is whole, and the same command continues")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -977,7 +1147,11 @@ GPT2_CHUNKS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 DIGIT_CHUNKS = (
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 )
-LONG_RUN = re.compile(r"\s{100000}")  # some 500,000 overflow the stack of tiktoken's regex
+SLOW = 60  # seconds that a folder's own pattern may take over a text, where regex runs it
+TEMPLATE_BUDGET = 2**28  # characters, and 100 for each step of a loop
+REPEATING = {"replace", "do_replace", "join", "do_join"}  # here sizes multiply, too
+# Some 500,000 overflow the stack of tiktoken's regex; sought from a run's first character only
+LONG_RUN = re.compile(r"\s(?<!\s\s)\s{99999}")
 
 
 def unsupported(what):
@@ -985,6 +1159,10 @@ def unsupported(what):
         f"tokenizer.json has {what}, which is not supported: use a checkpoint with byte-level BPE, "
         "such as Qwen2.5, Qwen3, Llama 3, SmolLM2 or a DeepSeek-R1 distillation of these"
     )
+
+
+def is_id(i):
+    return type(i) is int and 0 <= i < MAX_IDS
 
 
 def token_bytes(token):
@@ -1034,11 +1212,82 @@ def template_json(value, ensure_ascii=False, **options):
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
+class Sandbox(ImmutableSandboxedEnvironment):
+    """jinja's sandbox with a budget: a rendering spends it on the steps of its loops, on what
+    operators, filters and methods could build, and on the output.
+
+    Left out: what is endless without a loop (a macro that calls itself twice), the widths inside
+    format strings, and a list that holds one long string many times over.
+    """
+
+    intercepted_binops = frozenset({"+", "*", "**"})
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.spent = 0
+        filters = self.filters | {"tojson": template_json}
+        self.filters = {name: self.metered(f) for name, f in filters.items()} | {
+            "steps": self.steps}
+        del self.globals["lipsum"]
+
+    def spend(self, amount):
+        self.spent += amount
+        if not self.spent <= TEMPLATE_BUDGET:  # nor NaN
+            raise OverflowError("it loops or builds without bound")
+
+    def steps(self, items):
+        for item in items:
+            self.spend(100)
+            yield item
+
+    def metered(self, function):
+        """The function; before it is called, its sizes times its numbers are spent."""
+        combine = math.prod if function.__name__ in REPEATING else sum
+
+        @wraps(function)
+        def call(*args, **kwargs):
+            given = [getattr(function, "__self__", None), *args, *kwargs.values()]
+            numbers = [max(1, abs(x)) for x in given if isinstance(x, (int, float))]
+            sizes = [len(x) + 1 for x in given if hasattr(x, "__len__")]
+            self.spend(math.prod(numbers) * max(1, combine(sizes)))
+            return function(*args, **kwargs)
+
+        return call
+
+    def call(__self, __context, __obj, *args, **kwargs):
+        if isinstance(__obj, BuiltinMethodType):
+            __obj = __self.metered(__obj)
+        return super().call(__context, __obj, *args, **kwargs)
+
+    def call_binop(self, context, operator, left, right):
+        function = self.binop_table[operator]
+        if operator != "+" or hasattr(left, "__len__"):  # sums of numbers stay small
+            function = self.metered(function)
+        return function(left, right)
+
+    def _parse(self, *source):
+        """Where jinja has no hook: loops run through `steps`, and a ~ b is a | string + ..."""
+        tree = super()._parse(*source)
+        for node in tree.find_all((nodes.For, nodes.Concat)):
+            if isinstance(node, nodes.For):
+                node.iter = nodes.Filter(node.iter, "steps", [], [], None, None)
+            else:
+                parts = [nodes.Filter(p, "string", [], [], None, None) for p in node.nodes]
+                node.nodes = [reduce(nodes.Add, parts)]
+        return tree.set_environment(self)
+
+    def text(self, template, inputs):
+        self.spent, pieces = 0, []
+        for piece in template.generate(inputs):
+            self.spend(len(piece))
+            pieces.append(piece)
+        return "".join(pieces)
+
+
 # As in transformers; sandboxed, since a template is code from the hub
-TEMPLATES = ImmutableSandboxedEnvironment(
+TEMPLATES = Sandbox(
     trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, loopcontrols]
 )
-TEMPLATES.filters["tojson"] = template_json
 TEMPLATES.globals["raise_exception"] = template_error
 TEMPLATES.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
 
@@ -1054,13 +1303,8 @@ class Tokenizer:
 
     def __init__(self, files):
         self.files = files
-        try:
+        with reading("tokenizer.json is missing or malformed"):
             self._build(self._json("tokenizer.json"))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UsageError(
-                f"tokenizer.json is missing or malformed ({error!r}): fetch it, or convert the "
-                "tokenizer to that format"
-            ) from error
         self.config = self._json("special_tokens_map.json") | self._json("tokenizer_config.json")
         named = {key: value for key, value in self.config.items() if key.endswith("_token")}
         named = {k: v.get("content") if isinstance(v, dict) else v for k, v in named.items()}
@@ -1070,7 +1314,11 @@ class Tokenizer:
         self.stop_ids = {self.eos_id}
         for name in ("generation_config.json", "config.json"):
             ids = self._json(name).get("eos_token_id")
-            self.stop_ids |= set(ids if isinstance(ids, list) else [ids])
+            ids = ids if isinstance(ids, list) else [ids]
+            if not all(i is None or is_id(i) for i in ids):
+                raise UsageError(f"{name} says eos_token_id={reprlib.repr(ids)}, which are no ids: "
+                                 "mend it, or use another checkpoint")
+            self.stop_ids |= set(ids)
         self.stop_ids -= {None}
 
     @classmethod
@@ -1080,10 +1328,7 @@ class Tokenizer:
         return cls(read_tokenizer_files(folder))
 
     def _json(self, name):
-        try:
-            return dict(json.loads(self.files.get(name, b"{}")))
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"{name} is no JSON object ({error}): fetch it again") from error
+        return parse_json(name, self.files.get(name, b"{}"))
 
     def _build(self, spec):
         bpe, added = spec["model"], spec["added_tokens"]
@@ -1124,13 +1369,18 @@ class Tokenizer:
             )
         except ValueError as error:
             raise unsupported(f"a pattern that tiktoken cannot read ({error})") from error
-        probe = "".join(map(chr, range(0x3000)))  # tiktoken loses what the pattern does not match
+        probe = "".join(map(chr, range(0x3000)))
+        if not all(match[0] for match in regex.finditer(self.chunks, probe, timeout=SLOW)):
+            raise unsupported("a pattern that matches nothing at all")  # which tiktoken panics at
         if self.bpe.decode_bytes(self.bpe.encode_ordinary(probe)) != probe.encode():
-            raise unsupported("a pattern that leaves out characters")
+            raise unsupported("a pattern that leaves out characters")  # which tiktoken loses
 
         # Added tokens cut the text, special or not; where several begin, the longest wins
         self.special_ids = {t["id"] for t in added if t["special"]}
         self.id_of = vocab | {t["content"]: t["id"] for t in added}
+        ids = list(self.id_of.values())
+        if "" in self.id_of or not all(map(is_id, ids)) or len(set(ids)) < len(ids):
+            raise unsupported("empty tokens, ids that are used twice, or ids that are none")
         longest_first = sorted((re.escape(t["content"]) for t in added), key=len, reverse=True)
         self.added = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
         self.pieces = {i: token_bytes(token) for token, i in self.id_of.items()}
@@ -1140,8 +1390,9 @@ class Tokenizer:
         """Ids of a text; added tokens in it are recognised. No bos; lone surrogates are U+FFFD."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         ids = []
-        for i, part in enumerate(self.added.split(text)):  # text, token, text, ..., text
-            ids += [self.id_of[part]] if i % 2 else self._merge(part)
+        with reading("tokenizer.json's pattern fails on a text", "use another checkpoint"):
+            for i, part in enumerate(self.added.split(text)):  # text, token, text, ..., text
+                ids += [self.id_of[part]] if i % 2 else self._merge(part)
         return ids
 
     def _merge(self, text):
@@ -1150,7 +1401,8 @@ class Tokenizer:
         if LONG_RUN.search(text) or data.translate(None, self.absent) != data:
             # Slow and exact. Hugging Face drops the bytes that the vocabulary lacks after the cut
             # into chunks and before the merges, so that their neighbours may merge
-            chunks = (match[0].encode() for match in regex.finditer(self.chunks, text))
+            matches = regex.finditer(self.chunks, text, timeout=SLOW)
+            chunks = (match[0].encode() for match in matches)
             chunks = filter(None, (chunk.translate(None, self.absent) for chunk in chunks))
             ranks = (rank for chunk in chunks for rank in self.bpe._encode_single_piece(chunk))
         else:
@@ -1170,6 +1422,8 @@ class Tokenizer:
             source = {entry["name"]: entry["template"] for entry in source}["default"]
         if "chat_template.jinja" in self.files:
             source = self.files["chat_template.jinja"].decode()
+        if not isinstance(source, str | None):
+            raise TypeError(f"it is no text but {reprlib.repr(source)}")
         return TEMPLATES.from_string(source) if source else None
 
     def chat(self, messages):
@@ -1177,15 +1431,14 @@ class Tokenizer:
 
         Without a chat template: bos if declared, "User: ..." a message, blank lines, "Assistant:".
         """
-        try:
+        with reading("the chat template cannot render the messages"):
             if not self.template:
                 turns = [f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages]
                 text = "".join([self.named.get("bos_token", ""), *turns, "Assistant:"])
             else:
                 inputs = {"messages": messages, "tools": None, "documents": None}
-                text = self.template.render(inputs, add_generation_prompt=True, **self.named)
-        except Exception as error:  # anything: the template is the checkpoint's own code
-            raise UsageError(f"the chat template cannot render the messages: {error}") from error
+                inputs |= {"add_generation_prompt": True, **self.named}
+                text = TEMPLATES.text(self.template, inputs)
         return self.encode(text)
 
 
@@ -1195,6 +1448,10 @@ class Tokenizer:
 
 class UsageError(ValueError):
     """What the user can mend: the message is one sentence that says how."""
+
+    def __str__(self):  # on one line, whatever of others' files it quotes
+        text = "".join(c if c.isprintable() else " " for c in super().__str__())
+        return text if len(text) < 1000 else f"{text[:700]} ... {text[-200:]}"
 
 
 def cli(main):

@@ -28,11 +28,13 @@ import math
 import multiprocessing
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache, partial
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,23 +50,38 @@ from convert_sft import (
     Run,
     Settings,
     SFTSettings,
-    Trainer,
     all_sum,
     as_prompt,
+    config_of,
     convert,
     flags,
     make_row,
     markdown,
     new_figure,
+    preflight,
     pretrain,
     print_plan,
     print_settings,
+    prune,
     read_log,
     save_figure,
     schedule,
     setting,
+    shakedown,
+    that_fit,
+    warn_of_reach,
 )
-from model import Rollout, Tokenizer, Transformer, UsageError, cli, generate, read_json, write_file
+from model import (
+    Rollout,
+    Tokenizer,
+    Transformer,
+    UsageError,
+    cli,
+    fingerprint,
+    generate,
+    read_json,
+    write_file,
+)
 
 
 @dataclass
@@ -93,23 +110,55 @@ class RLSettings(Settings):
                                    least=0)
     overlong_buffer: int = setting(0, "tokens before the limit in which a soft penalty grows",
                                    least=0)
-    tis_cap: float = setting(0.0, "truncated importance sampling, such as 2; 0: off", least=0)
-    validate: int = setting(128, "held-out problems for the accuracy before and after RL",
+    tis_cap: float = setting(2.0, "truncated importance sampling, against the difference between a "
+                                  "bfloat16 sampler and the trained policy; 0: off", least=0)
+    validate: int = setting(128, "held-out problems for the accuracy before, during and after RL",
                             free=True)
+    validate_every: int = setting(50, "steps between validations, of which the best model is kept "
+                                      "in best/; 0: none", least=0, free=True)
     slots: int | None = setting(None, "sequences that run at a time: what free memory holds",
                                 free=True)
 
     @classmethod
     def of(cls, **given):
-        if Path(given.get("data", "")).is_file():
-            given = {"sft_data": given["data"]} | given
-        return super().of(**given)
+        settings = super().of(**given)
+        if settings.sft_data is None and Path(settings.data).is_file():
+            settings.sft_data = settings.data
+        return settings
 
+    def longest(self, prompt=1024):
+        """Tokens of the longest sequence: a response and a prompt's share."""
+        return self.max_new_tokens + prompt
+
+    def most_slots(self):
+        return self.slots or self.prompts * self.group
+
+    def check(self):
+        super().check()
+        for wrong, sentence in (
+                (self.group < 2, f"--group {self.group}: one answer has nothing to be compared "
+                                 "with; give at least 2"),
+                (self.temperature == 0, "--temperature 0: greedy answers are all the same, and "
+                                        "nothing is learned; give a number above 0"),
+                (self.min_informative > 4 * self.prompts,
+                 f"--min-informative {self.min_informative}: a step samples at most 4 times "
+                 f"--prompts {self.prompts}; give at most {4 * self.prompts}")):
+            if wrong:
+                raise UsageError(sentence)
+
+    @cached_property
     def stage1(self):
         """The settings of stage 1 that belong to these."""
-        own = {"steps": self.sft_steps, "data": self.sft_data}
-        shared = {f.name: getattr(self, f.name) for f in fields(Settings)}
-        return SFTSettings.of(**shared, **{k: v for k, v in own.items() if v is not None})
+        ours = {f.name: f.name for f in fields(Settings)} | {"steps": "sft_steps",
+                                                             "data": "sft_data"}
+        values = {name: getattr(self, own) for name, own in ours.items()}
+        for name in ("steps", "data"):
+            if values[name] is None:
+                del values[name]
+        settings = SFTSettings.of(**values)
+        settings.given = frozenset(name for name, own in ours.items() if own in self.given)
+        settings.data_flag = "--sft-data"
+        return settings
 
 
 # --------------------------------------------------------------------------------------------------
@@ -158,7 +207,7 @@ def overlong_penalty(length, limit, buffer):
 def train_rl(settings, start):
     """GRPO from the model in folder `start`; returns the run's folder, made now or before."""
     device = settings.start_device()
-    run = Run(settings)
+    run = Run(settings, identity=settings.identity() | {"start": fingerprint(start)})
     if run.finished(settings.steps, settings.hours):
         return run.folder
     model = Transformer.from_pretrained(start, device=device, dtype=torch.float32)
@@ -166,10 +215,15 @@ def train_rl(settings, start):
         raise UsageError(f"{start} has window {model.config.window or 'full'}, not "
                          f"{settings.window or 'full'}: give its window, or another --out")
     tokenizer = Tokenizer(model.tokenizer_files)
-    trainer = Trainer(model, device, settings.micro_tokens)
+    trainer = settings.trainer(model, device)
     sampler = rollout_copy(trainer)
 
     run.start(trainer)
+    if RANK == 0:
+        prune(start)  # stage 1 is done: its optimizer's state, most of its size, may go
+    if device.type == "cuda" and run.step == 0:
+        shakedown(run, trainer, max(settings.micro_tokens, settings.longest()),
+                  partial(fill_slots, sampler, settings))
     for step in run.steps(settings.steps, settings.hours):
         began = time.time()
         refresh(sampler, trainer.model)
@@ -184,8 +238,10 @@ def train_rl(settings, start):
         update_began = time.time()
         lr, norm = schedule(step, settings.steps, settings.lr, settings.warmup), 0.0
         measured = {"logp_gap": 0.0, "tokens": 0.0}
+        # Groups that agree count, as answers without a gradient; those sampled again do not
+        n_tokens = total["useful_tokens" if settings.min_informative else "tokens"]
         if total["informative"]:
-            norm = update_policy(trainer, rows, total["tokens"], lr, settings, measured)
+            norm = update_policy(trainer, rows, n_tokens, lr, settings, measured)
         measured = all_sum(measured, device)
 
         update_seconds, seconds = time.time() - update_began, time.time() - began
@@ -202,13 +258,25 @@ def train_rl(settings, start):
             "update_tok_per_s": measured["tokens"] / max(update_seconds, 1e-9),
             "rollout_seconds": rollout_seconds, "update_seconds": update_seconds,
             "seconds": seconds}
+        shown = "" if total["informative"] else " | all agree"
+        if settings.validate_every and (step + 1) % settings.validate_every == 0:
+            with run.off_the_clock():
+                record["validation"] = accuracy_now(sampler, trainer, tokenizer, settings)
+                run.keep_best(record["validation"])
+            shown += f" | validation {record['validation']:.3f}"
         run.log(record, f"rl w={settings.window or 'full'} step {step + 1}/{settings.steps} | "
                         f"reward {record['reward']:.3f} | len {record['length']:.0f} | "
                         f"ent {record['entropy']:.2f} | norm {norm or 0:.3f} | lr {lr:.1e} | "
-                        f"{seconds:.1f} s | {record['tok_per_s']:,.0f} tok/s"
-                        + " | all agree" * (not total["informative"]))
+                        f"{seconds:.1f} s | {record['tok_per_s']:,.0f} tok/s{shown}")
+        if step == 0:
+            warn_of_reach([len(e.prompt) + len(e.tokens) for g in groups for e in g],
+                          settings.window)
         if RANK == 0:
-            show_episodes(run.folder, step, (groups[0][0], groups[-1][-1]), tokenizer)
+            texts = [as_text(step, e, tokenizer) for e in (groups[0][0], groups[-1][-1])]
+            run.write_text("episodes.txt", "".join(texts))
+    if RANK == 0 and not any(r.get("informative") for r in run.records) and run.step:
+        print("warning: no group of answers ever disagreed, so nothing was learned: problems that "
+              "are neither too easy nor too hard are needed", file=sys.stderr, flush=True)
     return run.finish()
 
 
@@ -267,6 +335,8 @@ def count_up(groups, rewards):
         "episodes": len(episodes), "groups": len(groups), "informative": informative(rewards).sum(),
         "reward": rewards.sum(), "solved": (rewards > 0).any(-1).sum(),
         "tokens": sum(len(e.tokens) for e in episodes),
+        "useful_tokens": sum(len(e.tokens) for group, useful in zip(groups, informative(rewards))
+                             for e in group if useful),
         "truncated": sum(not e.finished for e in episodes),
         "surprise": -sum(sum(e.logprobs) for e in episodes)}
     return total | {v: sum(e.verdict == v for e in episodes) for v in VERDICTS}
@@ -291,12 +361,22 @@ def update_policy(trainer, rows, n_tokens, lr, settings, measured):
     return norm
 
 
-def show_episodes(folder, step, episodes, tokenizer):
-    """Some of a step's answers, to be read by people."""
-    with open(folder / "episodes.txt", "a", encoding="utf-8") as f:
-        for e in episodes:
-            f.write(f"--- step {step + 1} | reward {e.reward:g} | {e.verdict} | "
-                    f"{len(e.tokens)} tokens\n{tokenizer.decode(e.prompt)}\n>>> {e.text}\n")
+def as_text(step, e, tokenizer):
+    """An episode, to be read by people."""
+    return (f"--- step {step + 1} | reward {e.reward:g} | {e.verdict} | {len(e.tokens)} tokens\n"
+            f"{tokenizer.decode(e.prompt)}\n>>> {e.text}\n")
+
+
+def accuracy_now(sampler, trainer, tokenizer, settings):
+    """Accuracy at T=1 on the validation problems, which all ranks share out."""
+    refresh(sampler, trainer.model)
+    problems = settings.task.validation(settings.validate, settings.seed)
+    seeds = 10**6 + settings.seed + np.arange(len(problems))  # those of validate()
+    groups = roll_out(sampler, tokenizer, problems[RANK::WORLD], 1, seeds[RANK::WORLD], 1.0,
+                      settings, "validate:" if RANK == 0 else None)
+    total = {"right": sum(e.reward for e, in groups), "n": len(groups)}
+    total = all_sum(total, trainer.device)
+    return total["right"] / total["n"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -336,11 +416,19 @@ def roll_out(model, tokenizer, problems, samples, seeds, temperature, settings, 
 def rollout_copy(trainer):
     """The model that generates: on one CPU the trained one itself, else a full copy (bf16 on a
     GPU)."""
-    if trainer.device.type == "cpu" and WORLD == 1:
+    if trainer.device.type == "cpu" and not trainer.sharded:
         return trainer.model
     dtype = torch.bfloat16 if trainer.device.type == "cuda" else torch.float32
     with trainer.device:
         return Transformer(trainer.model.config).to(dtype)
+
+
+def fill_slots(sampler, settings):
+    """A rollout of the largest cache, one token long."""
+    prompts = [[0] * (settings.longest() - settings.max_new_tokens)] * (
+        settings.prompts * settings.group)
+    generate(sampler, prompts, settings.max_new_tokens, slots=settings.slots,
+             stop_ids=range(sampler.config.vocab_size))
 
 
 @torch.no_grad()
@@ -387,11 +475,16 @@ def validate(folder, settings):
     {"greedy", "T=1"}: scores (n, 1), mean length in tokens, truncated share, and what the task
     measures of a response."""
     path, task = folder / "validation.json", settings.task
-    of = [settings.data, settings.validate, settings.max_new_tokens, settings.seed]
-    if path.exists() and path.stat().st_mtime > (folder / "model.safetensors").stat().st_mtime:
-        found = read_json(path)
-        if found["of"] == of:
+    of = {name: getattr(settings, name) for name in (
+        "data", "validate", "max_new_tokens", "instruction", "seed")}
+    of |= {"weights": fingerprint(folder), "samplings": SAMPLINGS, "measures": [*task.measures]}
+    try:
+        found = json.loads(path.read_bytes())
+        if found["of"] == of and all(np.shape(found[name]["scores"])[1:] == (1,) and
+                                     found[name]["length"] >= 0 for name in SAMPLINGS):
             return found
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass  # missing, or not what is written below
     model, tokenizer = open_model(folder, settings)
     found, problems = {"of": of}, task.validation(settings.validate, settings.seed)
     for name, temperature in SAMPLINGS.items():
@@ -408,19 +501,53 @@ def validate(folder, settings):
 
 
 def open_model(folder, settings):
-    model = Transformer.from_pretrained(folder, device=settings.start_device())
+    """-> (model, tokenizer) to generate with, on a GPU in bfloat16 as the rollouts are."""
+    device = settings.start_device()
+    dtype = torch.bfloat16 if device.type == "cuda" else None
+    model = Transformer.from_pretrained(folder, device=device, dtype=dtype)
     return model, Tokenizer(model.tokenizer_files)
 
 
 def run_arm(settings):
     """Stage 1 if its checkpoint is missing, then stage 2; both validated -> {"sft": ..., "rl":
     ...}."""
-    sft = settings.folder("sft")
-    if not (sft / "config.json").exists():
-        convert(settings.stage1())
+    sft = stage1_folder(settings)
     before = validate(sft, settings) if RANK == 0 else None
     rl = train_rl(settings, sft)
     return {"sft": before, "rl": validate(rl, settings) if RANK == 0 else None}
+
+
+def stage1_folder(settings):
+    """The folder of stage 1's model: made now, or before with what is asked for now. RL's data,
+    disk and memory are looked at first: a fault would cost stage 1's hours."""
+    device, folder = settings.start_device(), settings.folder("sft")
+    made = (folder / "config.json").exists()
+    leave_out_long(folder if made else settings.base(), settings)
+    preflight(settings, device, settings.longest(), settings.most_slots(), settings.longest())
+    if not made:
+        return convert(settings.stage1)
+    if (folder / "run.json").exists():  # else the model was put there by hand
+        made_with, asked = read_json(folder / "run.json").get("identity", {}), settings.stage1
+        identity = asked.identity() | {"base": fingerprint(asked.base())}
+        differ = [name for name, value in identity.items()
+                  if name in asked.given | {"base"} and made_with.get(name) != value]
+        if differ:
+            raise UsageError(f"{folder} was made with other settings ({', '.join(differ)}): give "
+                             "the same ones, or another --out")
+    return folder
+
+
+def leave_out_long(start, settings):
+    """From here on the task has only problems whose prompt leaves room for a whole response."""
+    room = config_of(start).max_position_embeddings - settings.max_new_tokens
+    tokenizer = Tokenizer.from_pretrained(start)
+
+    def count(problem):
+        return len(as_prompt(tokenizer, problem["problem"], settings.instruction))
+
+    settings.task = settings.task.only(
+        lambda problems: that_fit(problems, count, room, "lower --max-new-tokens"))
+    settings.task.validation(1, settings.seed)  # too few to hold any out: said now
 
 
 def tiny_recipe(settings):
@@ -431,7 +558,7 @@ def tiny_recipe(settings):
         raise UsageError("--model tiny compares two arms in a process each: "
                          "start it without torchrun, or with --window full")
     pretrain(settings)
-    full = replace(settings, window=None)
+    full = settings.but(window=None, window_from=None)
     # A fresh interpreter: a fork would copy threads that run
     process = multiprocessing.get_context("spawn").Process(target=other_arm, args=(full,))
     process.start()
@@ -446,7 +573,7 @@ def tiny_recipe(settings):
         raise UsageError("the full-attention arm stopped early (see above): "
                          "the same command continues")
     found = {"SA": run_arm(full), "SWA": swa}  # the first is done, and only reports
-    report_recipe(found, settings, time.time() - began)
+    report(found, settings, time.time() - began)
 
 
 def other_arm(settings):
@@ -459,50 +586,56 @@ def other_arm(settings):
     cli(lambda: run_arm(settings))
 
 
-def report_recipe(found, settings, seconds):
-    """found {"SA": {"sft", "rl"}, "SWA": ...} -> the table, the picture, and one line of JSON."""
+def report(found, settings, seconds):
+    """found {"SA": {"sft", "rl"}, "SWA": ...}, or one of them -> the table, the picture, and one
+    line of JSON."""
     cells, summary, lines = {}, {}, []
     for arm, stages in found.items():
         for stage, result in stages.items():
             cell = {name: bootstrap_ci(result[name]["scores"]) for name in SAMPLINGS}
             line = {"model": f"{arm}-{stage.upper()}"}
             line |= {name: "{:.3f} [{:.3f}, {:.3f}]".format(*cell[name]) for name in SAMPLINGS}
-            line["length"] = f"{result['T=1']['length']:.1f}"
+            line |= {"length": f"{result['T=1']['length']:.1f}",
+                     "truncated": f"{result['T=1']['truncated']:.3f}"}
             line |= {m: f"{result['T=1'][m]:.2f}" for m in settings.task.measures}
             lines.append(line)
             cells[arm, stage] = cell["T=1"]
             summary[f"{arm.lower()}_{stage}"] = cell["T=1"][0]
-    print(f"\nheld-out accuracy, n = {settings.validate}, 95 % bootstrap intervals, "
-          f"window {settings.window}, seed {settings.seed}\n")
+            n = len(result["T=1"]["scores"])
+    print(f"\nheld-out accuracy, n = {n}, 95 % bootstrap intervals, window "
+          f"{settings.window or 'full'}, seed {settings.seed}\n")
     print("\n".join(markdown(lines)))
-    rl = settings.folder()
-    picture = rl.parent / f"recipe-{rl.name.removeprefix('rl-')}.png"
-    logs = {"SA": read_log(replace(settings, window=None).folder()), "SWA": read_log(rl)}
-    draw_recipe(picture, cells, logs, settings)
-    print(f"\npicture: {picture}")
+    folder = settings.folder()
+    logs = {arm: read_log(folder if arm == "SWA" else settings.but(window=None).folder())
+            for arm in found}
+    picture = folder.parent / f"recipe-{folder.name.removeprefix('rl-')}.png"
+    draw_recipe(picture, cells, logs, settings, n)
+    print(f"\nmodel: {folder}, picture: {picture}")
     print(json.dumps({**summary, "seconds": round(seconds, 1), "seed": settings.seed,
-                      "window": settings.window, "n": settings.validate}))
+                      "window": settings.window, "n": n}))
 
 
-def draw_recipe(path, cells, logs, settings):
+def draw_recipe(path, cells, logs, settings, n):
     """Left: accuracy at T=1 after SFT and after RL with intervals; right: reward over RL steps."""
     figure = new_figure(8, 3.2)
     bars, curves = figure.subplots(1, 2)
     labels = {"SA": "SA (full attention)", "SWA": f"SWA (window {settings.window})"}
-    for i, (arm, label) in enumerate(labels.items()):
+    for i, arm in enumerate(logs):
         mean, low, high = np.array([cells[arm, stage] for stage in ("sft", "rl")]).T
         at = np.arange(2) + 0.4 * i - 0.2
         bars.bar(at, mean, 0.38, yerr=(mean - low, high - mean), capsize=3, color=COLORS[arm],
-                 label=label)
+                 label=labels[arm])
         for x, value, top in zip(at, mean, high):
             bars.text(x, top + 0.02, f"{value:.2f}", ha="center", fontsize=8)
-        steps, rewards = zip(*((r["step"], r["reward"]) for r in logs[arm]))
-        curves.plot(steps, rewards, color=COLORS[arm], label=label)
+        if logs[arm]:
+            steps, rewards = zip(*((r["step"], r["reward"]) for r in logs[arm]))
+            curves.plot(steps, rewards, color=COLORS[arm], label=labels[arm])
     bars.set(xticks=[0, 1], xticklabels=["after SFT", "after RL"], ylim=(0, 1.15),
-             ylabel=f"accuracy at T=1 (n={settings.validate})")
+             ylabel=f"accuracy at T=1 (n={n})")
     curves.set(xlabel="RL step", ylabel="mean reward on training prompts", ylim=(0, 1.05))
     curves.legend(loc="lower right", fontsize=8)
-    figure.suptitle(f"tiny task, seed {settings.seed}, 95 % bootstrap intervals", fontsize=9)
+    name = settings.folder().parent.name
+    figure.suptitle(f"{name}, seed {settings.seed}, 95 % bootstrap intervals", fontsize=9)
     save_figure(figure, path)
 
 
@@ -513,16 +646,14 @@ def parser():
 def main():
     settings = RLSettings.of(**vars(parser().parse_args()))
     if settings.plan:
-        length = settings.max_new_tokens + 1024  # a prompt's share
-        slots = settings.slots or settings.prompts * settings.group
-        return print_plan(settings, length, slots, length)
+        return print_plan(settings, settings.longest(), settings.most_slots(), settings.longest())
     print_settings(settings)
     if settings.tiny and settings.window:
         return tiny_recipe(settings)
-    results = run_arm(settings)
+    began = time.time()
+    found = {"SWA" if settings.window else "SA": run_arm(settings)}
     if RANK == 0:
-        print(json.dumps({stage: bootstrap_ci(found["T=1"]["scores"])
-                          for stage, found in results.items()}))
+        report(found, settings, time.time() - began)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -536,12 +667,13 @@ def main():
 #     _same            whether two values are equal
 #     grade            the verdict
 #
-# Equal: mathematically equal in any form. Units, degree, percent and currency signs are optional
-# on one side. Lists without brackets have no order. x = 5 equals 5, f(x) = 2x equals 2x, x > 2
-# equals (2, \infty), \pm is two values, 3:4 is a fraction, 12:30 a time of day, log is natural.
-# Not equal: rounded values, 0.5 for 50%, other brackets, another base subscript, another unit, a
-# missing or an extra value. What the grammar does not know (words, sums, integrals, limits) is
-# compared as a string.
+# Equal: mathematically equal in any form, for all numbers where both sides are defined and real.
+# Units, degree, percent and currency signs and nouns are optional on one side. Lists without
+# brackets have no order. x = 5 equals 5, f(x) = 2x equals 2x, x > 2 equals (2, \infty), \pm is two
+# values, 3:4 is a fraction, 12:30 a time of day, log is natural. In a floor, i to n are integers.
+# Not equal: rounded values, 0.5 for 50%, other brackets, another base subscript, another unit or
+# noun, a missing or an extra value. What the grammar does not know (sums, integrals, limits, words
+# among formulas) is compared as a string, in which only words may differ in case.
 #
 # Model output is hostile, so the work is bounded by construction, not by signals (they fail off the
 # main thread): nothing is evaluated as code, text and numbers are bounded before work on them
@@ -549,7 +681,8 @@ def main():
 # evaluates both sides at a few points instead.
 
 MAX_ANSWER = 1200           # characters
-MAX_TOKENS, MAX_DEPTH, MAX_ITEMS = 400, 40, 40
+MAX_TOKENS, MAX_DEPTH, MAX_BENDS = 400, 40, 20
+MAX_ITEMS, MAX_FORMULAS = 40, 16    # of a list; each is compared with each of the other list
 MAX_BITS = 2**15            # of an exact number, and of the exponent of an evaluated one
 MP = mpmath.MPContext()     # our own: threads that share mpmath.mp change each other's precision
 MP.dps = 100                # equal means 75 of these digits; the rest pays for cancellation
@@ -651,7 +784,7 @@ def _in_sentence(text):
 
 SPELLINGS = {
     "": r"\left \right \big \Big \bigg \Bigg \bigl \bigr \Bigl \Bigr \displaystyle \textstyle"
-        r" \quad \qquad \limits \mathbf \boldsymbol \mathit \mathcal \mathsf \bold \bf \rm \boxed"
+        r" \quad \qquad \mathbf \boldsymbol \mathit \mathcal \mathsf \bold \bf \rm \boxed"
         r" \fbox \underline \large \Large \small",
     "-": "− – — ‐", "*": r"\cdot \times \ast × · ⋅ ∗ ∙", "/": r"\div ÷ ∕ ⁄ per", "^": "**",
     "<": r"\lt", ">": r"\gt", "≤": r"\le \leq \leqslant \leqq <= ⩽ ≦", "≠": r"\ne \neq !=",
@@ -695,7 +828,7 @@ def _text(match):
     return re.sub(r"(?<![\\A-Za-z])[A-Za-z]+", _upright, f" {match[1]} ")
 
 
-SHORT_WORDS = {"yes", "no", "odd", "red", "sq", "cu"}       # xyz is a product, blue is a word
+SHORT_WORDS = {"yes", "no", "odd", "red", "sq", "cu"}       # xyz is a product, blue a word
 COUNTED = re.compile(r"(?:[0-9})/]|\b(?:sq|square|cu|cubic|per))\s*$")
 
 
@@ -734,6 +867,7 @@ class Rewrite(NamedTuple):
 
 
 REWRITES = [Rewrite(*row) for row in [  # in this order: later rows expect what earlier ones write
+    ("limits", r"\sum\limits_{n}", r"\sum_{n}", r"\\limits(?![a-z])", ""),
     ("color", r"\color{red}7", "7", r"\\(?:text)?color\s*\{\w*\}", ""),
     ("row distance", r"1\\[4pt]2", r"1\\2", r"\\\\\s*\[-?[0-9.]+[a-z]{2}\]", r"\\\\"),
     ("spaced colon", r"4{:}30", "4:30",
@@ -791,19 +925,19 @@ TOKEN = re.compile(rf"""
       | [0-9]*\.[0-9]*\\(?:overline|bar|dot)\s*\{{?[0-9]+\}}?           # 0.1\overline{{6}}
       | (?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?
       | (?<![\\A-Za-z])[A-Za-z]{SUB}(?:\^\{{-1\}})?\([\w,"]+\)(?=\s*=)  # f(x) =
-      | (?<![\\A-Za-z])[A-Z]+(?=\s*=) | (?:"[^"]*"\s*)+(?=\s*=)         # AB =, Area =
+      | (?<![\\A-Za-z])[A-Z]+(?=\s*=)                                  # AB =
       | m?\\(?:vec|hat|overline|mathbb|angle|triangle)
         (?:\s*\{{?\s*"?[A-Za-z](?:_\{{?\w\}}?)?"?\s*\}}?)+
-      | "[^"]*" | \\\\ | \\log | \\[A-Za-z]+{SUB} | \\. | [A-Za-z]{SUB} | [<>!=]= | \*\* | . )
+      | (?:"[^"]*"\s*)*"[^"]{{2,}}"(?:\s*"[^"]*")* | "[^"]*"             # words
+      | \\\\ | \\log | \\[A-Za-z]+{SUB} | \\. | [A-Za-z]{SUB} | [<>!=]= | \*\* | . )
     """, re.X | re.S)
-# cm, /cm, cm^2, km/h
+# cm, /cm, cm^2, km/h; but "in total" is no inch
 UNIT = re.compile(rf"""(?:/\s*|\\cdot\s*)?
-    (?:[€£¢¥₹%]|\\[$%]|"(?:{'|'.join(filter(str.isalpha, UNIT_OF))})s?")
+    (?:[€£¢¥₹%]|\\[$%]|(?!"in"\s*")"(?:{'|'.join(filter(str.isalpha, UNIT_OF))})s?")
     (?:\s*\^\s*\{{?\s*-?[0-9]\s*\}}?)?(?:\s*/\s*[hsm]\b)?""", re.X | re.I)
 NOUNS = re.compile(         # what follows a number: 42 apples
-    r'^(?=.*[0-9])((?:\\[A-Za-z]+|\\[^A-Za-z]|[^A-Za-z"\\])*)'
+    r'^(?=.*[0-9])((?:[A-Za-z]\s*=)?(?:\\[A-Za-z]+|\\[^A-Za-z]|[^A-Za-z"\\])*)'
     r'((?:\s*"(?:[A-Z]|[A-Za-z]{2,})")+)\s*$', re.S)
-SYMBOL = re.compile(r'"([A-Z]|[A-Za-z]{2}|[a-z]*[A-Z][A-Za-z]?)"')     # a unit: MW is not mW
 
 
 def _respell(text):
@@ -817,16 +951,26 @@ def _respell(text):
 
 
 def _split_units(text):
-    """(the text without its units and nouns, the units in one spelling, sorted)."""
-    units = []
+    """(the text without its units and nouns, the units in one spelling, the stems of the nouns)."""
+    units, nouns = [], ""
     for unit in UNIT.findall(text):
         unit = re.sub(r'[\s{}"]', "", unit.lower())
         units.append(re.sub(r"[a-z]+|\\?[$%]", _unit, unit))
     text = UNIT.sub(" ", text)
     if counted := NOUNS.match(text):
         text, nouns = counted.groups()
-        units += SYMBOL.findall(nouns)
-    return text, sorted(units)
+    return text, sorted(units), {_stem(_fold(noun)) for noun in re.findall("[A-Za-z]+", nouns)}
+
+
+def _fold(word):
+    """Monday, monday and MONDAY are one word, but mW is not MW, nor N n."""
+    usual = word[1:].islower() or len(word) > 2 and word.isupper()
+    return word.lower() if usual or word.lower() in SHORT_WORDS else word
+
+
+def _stem(noun):
+    """One stem for box and boxes, city and cities, pie and pies."""
+    return re.sub("e?(?<!s)s$|e$", "", re.sub("ies?$", "y", noun))
 
 
 def _unit(match):
@@ -840,6 +984,9 @@ def _tokenize(text):
     tokens, depth = [], 0
     for token in filter(None, TOKEN.findall(text)):
         token = TOKEN_OF.get(token, token)
+        if token.startswith('"'):
+            token = re.sub("[A-Za-z]+", lambda word: _fold(word[0]), token)
+            token = token[1] if len(token) == 3 else token      # \text{A} is A
         depth += (token in ("(", "[", "\\{")) - (token in (")", "]", "\\}"))
         if token[:1].isdigit() and "," in token:        # 1,234 is a number, but (1,234) a pair
             tokens += re.split("(,)", token) if depth > 0 else [token.replace(",", "")]
@@ -848,6 +995,17 @@ def _tokenize(text):
     if len(tokens) > MAX_TOKENS:
         raise Refused
     return tokens
+
+
+def _plain(text):
+    """The string to compare where there is no value; a list without brackets has no order."""
+    try:
+        tokens = _tokenize(text)
+    except Refused:
+        return text
+    plain = re.sub(r"\{ ?(\w+) ?\}", r"\1", " ".join(tokens))      # ^{N} is ^N
+    ordered = set(tokens) & {"(", "[", "\\{"}
+    return plain if ordered else " , ".join(sorted(plain.split(" , ")))
 
 
 # Values: exact rationals, trees that are never simplified, or Nodes of these
@@ -862,6 +1020,10 @@ class Node(NamedTuple):
 
     kind: str       # "," list, "{}" set, "(]" interval, "<" relation, "∪" region, ":", "⟦⟧", ...
     items: tuple
+
+    @property
+    def free_symbols(self):     # as sympy's
+        return set().union(*(item.free_symbols for item in self.items))
 
 
 ONE, TWO = sympy.Integer(1), sympy.Integer(2)
@@ -943,6 +1105,20 @@ def _number(text):
     return _times(value, _apply(sympy.Pow, sympy.Integer(10), sympy.Integer(exponent or 0)))
 
 
+def _collect(items, together=False):
+    """A list; or one region, where conditions hold together: x > 2 and x < 5; x ≠ 0, x ≠ 1."""
+    if len(items) == 1:
+        return items[0]
+    conditions = all(_kind(item) in "<≤≠∩" for item in items)
+    both = conditions and (together or any(map(_excludes, items)))
+    return Node("∩" if both else ",", tuple(items))
+
+
+def _excludes(value):
+    """x ≠ 0, or x ≠ 0 with further conditions."""
+    return _kind(value) == "≠" or _kind(value) == "∩" and any(map(_excludes, value.items))
+
+
 def _join(kind, a, b):
     """a ∪ b; a : b, and a : b : c as one ratio."""
     before = a.items if kind == _kind(a) == ":" else (a,)
@@ -967,6 +1143,7 @@ OPERATORS = {   # binding power, meaning
     "∪": (2, partial(_join, "∪")), "∩": (2, partial(_join, "∩")), "∖": (2, partial(_join, "∖")),
     ":": (3, partial(_join, ":")), "+": (4, _plus), "-": (4, _minus), "*": (5, _times),
     "/": (5, _divide), "^": (7, partial(_apply, sympy.Pow))}
+DIGITS = tuple(".0123456789")
 PRODUCT, SIGN = 5, 6        # the binding powers of 2x and of -x
 CLOSING = {"(": ")]", "[": "])", "\\{": ["\\}"], "{": "}", "⌊": "⌋", "⌈": "⌉", "⟨": "⟩", "|": "|",
            "⟦": "⟧"}
@@ -978,6 +1155,7 @@ class Parser:
 
     def __init__(self, tokens):
         self.tokens, self.at, self.depth = [*tokens, "", ""], 0, 0
+        self.number_end = 0     # where the last number ended that is no argument of a command
         self.in_bars = False    # whether a bar closes |...| or opens it
         self.in_angle = False   # whether a degree sign converts to radians or is a unit,
         self.degrees = False    # and whether there was one that is a unit
@@ -1000,13 +1178,12 @@ class Parser:
         while joint := self.accept(",∧"):
             joints.add(self.accept("∧") or joint)       # "a, and b"
             items.append(self.relation())
-        if len(items) > MAX_ITEMS:
+        if len(items) > (MAX_FORMULAS if Node(",", items).free_symbols else MAX_ITEMS):
             raise Refused
-        if len(items) == 1:
-            return items[0]
-        conditions = all(_kind(item) in "<≤≠∩" for item in items)
-        both = conditions and joints == {"∧"}           # x > 2 and x < 5
-        return Node("∩" if both else ",", tuple(items))
+        for k in range(1, len(items)):      # x ≠ 0, 1 is x ≠ 0, x ≠ 1
+            if _kind(items[k - 1]) == "≠" and _kind(items[k]) == "scalar":
+                items[k] = Node("≠", (items[k - 1].items[0], items[k]))
+        return _collect(items, joints == {"∧"})
 
     def relation(self):
         """a < b < c is two relations, a = b = c is a = c, and 10/3 ≈ 3.33 is 10/3."""
@@ -1048,6 +1225,8 @@ class Parser:
             if not operator:
                 self.check_product()
             left = build(left, self.expression(power - (operator == "^")))      # 2^3^2 = 2^9
+            if operator == "^":
+                self.number_end = 0
 
     def starts_factor(self):
         """Whether the next token can begin the second factor of a product like 2x or 2(x + 1)."""
@@ -1060,8 +1239,8 @@ class Parser:
     def check_product(self):
         """2 3 is not 6, nor is x 3 a product, but n2^n is n * 2^n."""
         before, token, after = self.tokens[self.at - 1:self.at + 2]
-        power = before.isalpha() and after == "^"
-        if token[0] in ".0123456789" and before not in (")", "!") and not power:
+        power = after == "^" and self.at != self.number_end
+        if token.startswith(DIGITS) and before not in (")", "!") and not power:
             raise Refused
 
     def prefix(self):
@@ -1081,22 +1260,24 @@ class Parser:
             return _divide(a, b) if token == "\\frac" else _binomial(a, b)
         if token == "\\sqrt":
             index = self.group("[") if self.accept("[") else TWO
-            return _apply(sympy.Pow, self.prefix(), _divide(ONE, index))
-        if token[:1] == '"' and self.next != "=" and len(token) > 3:    # "Area" = 5
-            raise Refused
+            radicand = self.prefix()
+            self.number_end = 0
+            return _apply(sympy.Pow, radicand, _divide(ONE, index))
         if NAME.fullmatch(token):
             return sympy.Symbol(re.sub(r'[{}"\s]|^0(?=[0-9]:)', "", token))
-        if token[:1] in (".", *"0123456789"):
+        if token.startswith(DIGITS):
+            self.number_end = self.at
             return _number(token)
         raise Refused
 
     def argument(self):
         """What \\frac takes: a group or a token, of a number one digit: \\frac12."""
         token = self.next
-        if token.isdigit() and len(token) > 1:
-            self.tokens[self.at] = token[1:]
-            return _number(token[0])
-        return self.prefix()
+        if not token.isdigit():
+            return self.prefix()
+        self.tokens[self.at] = token[1:]
+        self.at += len(token) == 1
+        return _number(token[0])
 
     def group(self, opening):
         """What stands between an opening bracket, already read, and its closing one."""
@@ -1157,20 +1338,22 @@ def _readings(tokens):
 
 
 class Parsed(NamedTuple):
-    value: sympy.Expr | Node | None     # None: outside the grammar
+    """An answer, ready to be compared."""
+
+    value: sympy.Expr | Node | None     # None: outside the grammar, and then
     units: list
-    plain: str                          # to be compared where there is no value
+    nouns: set
+    plain: str | None                   # a string is compared instead
 
 
 @lru_cache(512)     # the gold answer stands beside a whole group of responses
-def _parse(text):
+def _parse(answer):
     """An answer's text -> Parsed; never raises."""
-    plain, values = text, []
+    text, values = answer, []
     try:
-        text = _respell(text)
-        plain = " ".join(filter(None, TOKEN.findall(text))).replace('"', "").casefold()
-        text, units = _split_units(text)
-        for reading in _readings(_tokenize(text)):
+        text = _respell(answer)
+        bare, units, nouns = _split_units(text)
+        for reading in _readings(_tokenize(bare)):
             parser = Parser(reading)
             values.append(parser.listing())
             if parser.next:
@@ -1178,19 +1361,21 @@ def _parse(text):
             if parser.degrees and not units:
                 units = ["°"]
     except Exception:   # Refused, or whatever sympy raises on what it was given
-        return Parsed(None, [], plain)
-    return Parsed(_both_signs(values), units, plain)
+        return Parsed(None, [], set(), _plain(text) or answer)
+    return Parsed(_both_signs(values), units, nouns, None)
 
 
 def _both_signs(values):
     """The values of all readings as one list, or one set: 1 ± 2 is the list 3, -1."""
-    first = values[0]
     if len(values) == 1:
-        return first
-    items = []
-    for value in values:
-        items += value.items if _kind(value) in ("{}", ",") else [value]
-    return Node("{}" if _kind(first) == "{}" else ",", tuple(dict.fromkeys(items)))
+        return values[0]
+    items = list(dict.fromkeys(item for value in values for item in _items(value)))
+    return Node("{}", tuple(items)) if _kind(values[0]) == "{}" else _collect(items)
+
+
+def _items(value):
+    """The members of a list or set; any other value is its own only one."""
+    return value.items if _kind(value) in (",", "{}") else (value,)
 
 
 # Comparison: are two values equal?
@@ -1199,12 +1384,16 @@ def _both_signs(values):
 # scattered points are equal. Relations are compared by their two sides, or by the numbers that
 # satisfy them.
 
+TINY = MP.mpf(10) ** -40
+COSTLY = {getattr(sympy, name): getattr(MP, name) for name in (     # for large arguments
+    "sin cos tan cot sec csc sinh cosh tanh exp factorial").split()}
 NUMERIC = {     # what a tree may hold besides rationals and symbols, and how it is evaluated
     sympy.pi: +MP.pi, sympy.E: +MP.e, sympy.I: MP.mpc(0, 1),
     sympy.Add: lambda *terms: sum(terms), sympy.Mul: lambda *factors: math.prod(factors),
-    sympy.Pow: lambda x, y: x ** y, sympy.Abs: abs, sympy.floor: MP.floor, sympy.ceiling: MP.ceil,
-    **{getattr(sympy, name): getattr(MP, name) for name in (
-        "sin cos tan cot sec csc asin acos atan sinh cosh tanh exp log factorial").split()}}
+    sympy.Pow: lambda x, y: x ** y, sympy.Abs: abs, sympy.log: MP.log, sympy.asin: MP.asin,
+    sympy.acos: MP.acos, sympy.atan: MP.atan, **COSTLY,
+    sympy.floor: lambda x: MP.floor(x + TINY),      # ln 8 / ln 2 is 2.999...
+    sympy.ceiling: lambda x: MP.ceil(x - TINY)}
 
 
 def _evaluate(expr, point):
@@ -1219,6 +1408,8 @@ def _evaluate(expr, point):
         return MP.mpf(point[expr])
     if expr in NUMERIC:
         return NUMERIC[expr]
+    if not expr.args:
+        raise Refused   # an infinity
     values = [_evaluate(arg, point) for arg in expr.args]
     x = values[0]
     if expr.is_Pow:
@@ -1227,7 +1418,7 @@ def _evaluate(expr, point):
             raise Refused
         if exponent.is_Rational and exponent.q % 2 and isinstance(x, MP.mpf) and x < 0:
             return (-1) ** (exponent.p % 2) * (-x) ** values[1]     # cube roots are real
-    elif not (expr.is_Add or expr.is_Mul) and abs(x) > 10**5:
+    elif expr.func in COSTLY and abs(x) > 10**5:
         raise Refused
     value = NUMERIC[expr.func](*values)
     if not MP.isfinite(value) or value and MP.mag(value) > MAX_BITS:
@@ -1235,20 +1426,106 @@ def _evaluate(expr, point):
     return value
 
 
-def _points(*exprs):
-    """Two scattered points, each symbol with either sign; integers where a floor asks for them."""
-    symbols = sorted(set().union(*(expr.free_symbols for expr in exprs)), key=str)
-    if any(expr.has(sympy.floor, sympy.ceiling) for expr in exprs):
-        return [{symbol: n + 3 * k for k, symbol in enumerate(symbols)} for n in range(2, 40)]
+def _nodes(*exprs):
+    """The expressions and all their parts."""
+    nodes = list(exprs)
+    for node in nodes:      # grows meanwhile: trees may be deeper than Python's stack
+        nodes.extend(node.args)
+    return set(nodes)
+
+
+ROUNDING = {sympy.floor, sympy.ceiling}
+BRANCHING = {sympy.Abs, sympy.log, sympy.asin, sympy.acos, sympy.atan, *ROUNDING}
+
+
+def _branches(node):
+    """Whether it may agree with something else here and differ there, as |x| with x."""
+    root = node.is_Pow and not node.exp.is_Integer and node.base.free_symbols
+    return root or node.func in BRANCHING and node.free_symbols
+
+
+def _points(a, b):
+    """Points {symbol: value} that tell two different expressions apart.
+
+    Without branches (polynomials, sin, e^x), what agrees at a scattered point agrees everywhere.
+    Others get several sign patterns, near zero, near one and beyond their largest number, exponents
+    that make a root, integers and fractions where a floor jumps, and both sides of each bend.
+    """
+    nodes = _nodes(a, b)
+    symbols = sorted((node for node in nodes if node.is_Symbol), key=str)
+    if not symbols:
+        return [{}]
+    if not any(map(_branches, nodes)):
+        return _scattered(symbols, [(1, 2)])[:2]
+    rounded = {node.args[0] for node in nodes if node.func in ROUNDING}
+    integers = _aligned(symbols, range(1, 30)) if rounded else []
+    counting = all(str(symbol) in "ijklmn" for symbol in symbols)
+    if rounded and counting and not rounded & set(symbols):     # floor(n) says that n is no integer
+        return integers
+
+    numbers = [node for node in nodes if node.is_Rational]
+    size = int(min(10 + max(map(abs, numbers), default=0), 1000))
+    ranges = [(1, 2), (size, 2 * size), (0, size), (0, 1)]
+    points = _scattered(symbols, ranges + ranges) + integers
+    if any(node.is_Pow and node.exp.free_symbols for node in nodes):    # (x^2)^{1/2} is not x
+        for values in itertools.permutations((-1.5, 0.5, 2, 3), min(3, len(symbols))):
+            points.append(dict(zip(symbols, itertools.cycle(values))))
+    if rounded:
+        step = min(math.lcm(*(number.q for number in numbers)), 12)
+        points += _aligned(symbols, [MP.mpf(n) / step for n in range(-12, 13)])
+    if len(symbols) == 1:
+        with suppress(Refused):         # |x - 3| + |x - 4| is |2x - 7|, but for 3 < x < 4
+            points += _aligned(symbols, _places(_bends(a) | _bends(b)))
+    return points
+
+
+def _scattered(symbols, ranges):
+    """Per range of absolute values: all symbols positive, one negative, all negative; at most 12.
+
+    Every set of symbols has a product that is negative at some of these points.
+    """
+    signs = dict.fromkeys([(), *zip(symbols), tuple(symbols)])
     points = []
-    for sign in [1, -1] if symbols else [1]:
+    for (low, high), negative in itertools.islice(itertools.product(ranges, signs), 12):
         point = {}
         for k, symbol in enumerate(symbols):
             # powers modulo a prime: in a regular pattern, x - 1 = f(x) and n + 1 = k held by chance
-            scattered = 1 + MP.mpf(pow(11, 9 * k + sign + 7, 1009)) / 1009
-            point[symbol] = sign * (-1) ** k * scattered
+            share = MP.mpf(pow(11, 9 * k + len(points) + 8, 1009)) / 1009
+            value = low + (high - low) * share
+            point[symbol] = -value if symbol in negative else value
         points.append(point)
     return points
+
+
+def _aligned(symbols, values):
+    """A point for each value, that of the first symbol; the others follow at distances of 3."""
+    return [{symbol: value + 3 * k for k, symbol in enumerate(symbols)} for value in values]
+
+
+def _values(a, b):
+    """Yields the values of two expressions where both are defined and real: 2 ln x is ln x^2.
+
+    Complex values count where there are hardly any real ones.
+    """
+    n_real, complex_pairs = 0, []
+    for point in _points(a, b):
+        try:
+            pair = _evaluate(a, point), _evaluate(b, point)
+        except (ArithmeticError, ValueError):       # a pole
+            continue
+        except Refused:     # too large: excused far from zero, not already at the first points
+            if n_real or complex_pairs:
+                continue
+            raise
+        if all(isinstance(value, MP.mpf) for value in pair):    # i * i is no mpf, but an mpc of -1
+            n_real += 1
+            yield pair
+        else:
+            complex_pairs.append(pair)
+    if n_real < 2:
+        yield from complex_pairs
+    if not n_real and not complex_pairs:
+        raise Refused
 
 
 def _close(a, b):
@@ -1261,19 +1538,21 @@ def _equal(a, b):
     """Scalars: exactly where both are rational, else to 75 digits."""
     if a == b or a.is_Number and b.is_Number or {a, b} & {sympy.oo, -sympy.oo}:
         return a == b       # inf <= inf * tolerance is true: infinities never get to the digits
-    return all(_close(_evaluate(a, point), _evaluate(b, point)) for point in _points(a, b))
+    return all(_close(x, y) for x, y in _values(a, b))
 
 
 def _proportional(a, b):
     """Relations: left minus right side in a constant proportion, for < and ≤ a positive one."""
-    a_, b_ = _minus(*a.items), _minus(*b.items)
-    values = [(_evaluate(a_, point), _evaluate(b_, point)) for point in _points(a_, b_)]
-    x, y = max(values, key=lambda pair: abs(pair[1]))
-    if not x or not y:
+    n_values, x0, y0 = 0, 0, 0
+    for x, y in _values(_minus(*a.items), _minus(*b.items)):
+        n_values += 1
+        if not x0:
+            x0, y0 = x, y
+        if bool(x) != bool(y) or not _close(x * y0, y * x0):
+            return False
+    if n_values < 2 or not x0:
         return False
-    if a.kind in "<≤" and not (MP.im(x / y) == 0 and MP.re(x / y) > 0):
-        return False
-    return all(_close(one * y, other * x) for one, other in values)
+    return a.kind not in "<≤" or MP.im(x0 / y0) == 0 and MP.re(x0 / y0) > 0
 
 
 INFINITE = {sympy.oo: MP.inf, -sympy.oo: -MP.inf}
@@ -1302,10 +1581,8 @@ def _region(node):
         symbols, ends, tests = zip(*map(_region, items), strict=True)
         return Region(set().union(*symbols), set().union(*ends),
                       lambda x: COMBINE[kind]([test(x) for test in tests]))
-    if kind in ("<", "≤") and any(isinstance(item, sympy.Abs) for item in items):
-        return _region(_without_abs(kind, *items))
     if kind in ("<", "≤", "≠"):
-        return _half_line(kind, _minus(*items))
+        return _solutions(kind, _minus(*items))
     raise Refused
 
 
@@ -1329,41 +1606,60 @@ def _end(value):
     return MP.nint(value * 10**50) / 10**50
 
 
-def _without_abs(kind, left, right):
-    """|x| < c is -c < x and x < c; c < |x| is x < -c or c < x."""
-    if isinstance(left, sympy.Abs):
-        joint, (x,), c = "∩", left.args, right
-        pairs = (_times(c, -ONE), x), (x, c)
-    else:
-        joint, (x,), c = "∪", right.args, left
-        pairs = (x, _times(c, -ONE)), (c, x)
-    return Node(joint, tuple(Node(kind, pair) for pair in pairs))
-
-
-def _half_line(kind, difference):
-    """Where a linear difference < 0, ≤ 0 or ≠ 0."""
+def _solutions(kind, difference):
+    """Where a piecewise linear difference is < 0, ≤ 0 or ≠ 0."""
     symbols = difference.free_symbols
-    values = [_evaluate(difference, dict.fromkeys(symbols, n)) for n in range(4)]
-    slope = values[1] - values[0]
-    linear = all(_close(b - a, slope) for a, b in itertools.pairwise(values))
-    if len(symbols) != 1 or not slope or not linear:
+    if len(symbols) != 1:
         raise Refused
-    root = _end(-values[0] / slope)
-    if kind == "≠":
-        return Region(symbols, {root}, lambda x: x != root)
-    return Region(symbols, {root},
-                  lambda x: slope * (x - root) < 0 or kind == "≤" and x == root)
+
+    def contains(x):
+        value = _evaluate(difference, dict.fromkeys(symbols, x))
+        if abs(value) < TINY:
+            return kind == "≤"
+        return kind == "≠" or value < 0
+    return Region(symbols, _roots(difference), contains)
+
+
+def _bends(expr):
+    """Where a piecewise linear expression in one symbol bends; Refused if it is something else."""
+    moving = [arg for arg in expr.args if arg.free_symbols]
+    if not moving:
+        return set()
+    if expr.is_Add or expr.is_Mul and len(moving) == 1:
+        return set().union(*map(_bends, moving))
+    if isinstance(expr, sympy.Abs):
+        return _roots(expr.args[0])
+    if expr.is_Pow and expr.exp == ONE / 2 and expr.base.is_Pow and expr.base.exp == 2:
+        return _roots(expr.base.base)       # sqrt(x^2) is |x|
+    raise Refused
+
+
+def _roots(expr):
+    """The bends of a piecewise linear expression, and where its pieces, prolonged, are zero."""
+    bends, symbols = _bends(expr), expr.free_symbols
+    if len(bends) > MAX_BENDS:
+        raise Refused
+    roots = set(bends)
+    values = [(x, _evaluate(expr, dict.fromkeys(symbols, x))) for x in _places(bends)]
+    for (x0, y0), (x1, y1) in itertools.pairwise(values):
+        if y0 != y1:
+            roots.add(_end(x0 - y0 * (x1 - x0) / (y1 - y0)))
+    return roots
+
+
+def _places(ends):
+    """The ends, a place between any two neighbours and two beyond them all."""
+    ends = sorted(end for end in {MP.zero, *ends} if not MP.isinf(end))
+    middles = [(low + high) / 2 for low, high in itertools.pairwise(ends)]
+    return sorted([ends[0] - 1, *ends, *middles, ends[-1] + 1])
 
 
 def _same_region(a, b):
     """Membership agrees at each end, between two ends and beyond them."""
     a, b = _region(a), _region(b)
-    ends = sorted({MP.zero} | a.ends | b.ends - set(INFINITE.values()))
-    ends = [end for end in ends if not MP.isinf(end)]
-    middles = [(low + high) / 2 for low, high in itertools.pairwise(ends)]
-    places = [ends[0] - 1, *ends, *middles, ends[-1] + 1]
-    one_symbol = len(a.symbols | b.symbols) < 2
-    return one_symbol and all(a.contains(x) == b.contains(x) for x in places)
+    if len(a.symbols | b.symbols) > 1:
+        raise Refused
+    return all(a.contains(x) == b.contains(x) for x in _places(a.ends | b.ends))
 
 
 def _bare(node):
@@ -1391,10 +1687,6 @@ def _matched(items, others, repeats):
         if repeats:
             del others[partner]
     return not (repeats and others)
-
-
-def _items(value):
-    return value.items if _kind(value) in (",", "{}") else (value,)
 
 
 # Kinds of which two different ones may hold the same numbers: x > 2, (2, oo), R \ (-oo, 2]
@@ -1437,6 +1729,13 @@ def _same_relation(a, b):
         return _proportional(a, b)
 
 
+def _same_unit(a, b):
+    """Optional on one side; 5 red apples are 5 apples, but neither 5 pears nor 5 cm."""
+    if not (a.units or a.nouns) or not (b.units or b.nouns):
+        return True
+    return a.units == b.units and (a.nouns <= b.nouns or b.nouns <= a.nouns)
+
+
 # The verdict
 #
 # Only "correct" earns the reward; the others are told apart in the log. Many "unparsed" mean that
@@ -1466,12 +1765,10 @@ def grade(response, gold) -> str:
         answer = letter if LETTER.fullmatch(gold) else content.strip(" }")
     ours, theirs = _parse(answer), _parse(gold)
     if ours.value is None or theirs.value is None:
-        same = sorted(ours.plain.split(" , ")) == sorted(theirs.plain.split(" , "))
-        return "correct" if same else "unparsed"
-    if ours.units and theirs.units and ours.units != theirs.units:
-        return "wrong"
+        return "correct" if ours.plain == theirs.plain else "unparsed"
     try:
-        return "correct" if _same(ours.value, theirs.value) else "wrong"
+        same = _same_unit(ours, theirs) and _same(ours.value, theirs.value)
+        return "correct" if same else "wrong"
     except Exception:   # a pole, or a number too large to evaluate
         return "unparsed"
 

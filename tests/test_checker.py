@@ -384,6 +384,19 @@ def test_hostile(kind, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())  # nothing was executed
 
 
+def test_hostile_pairs():
+    """Many formulas, each compared with each at many points; a bend in each of 39 nested bars."""
+    formulas = [f"\\ln(-x^2-{k})" for k in range(39)]
+    bars = "|x+" * 39 + "1" + "|" * 39
+    for pair in [
+        ("\\{" + ",".join(formulas) + "\\}", "\\{" + ",".join(reversed(formulas)) + "\\}"),
+        (bars + ">3", bars + ">4"),
+    ]:
+        start = time.thread_time()
+        is_correct(boxed(pair[0]), pair[1])
+        assert time.thread_time() - start < BOUND / 2, pair
+
+
 def test_hostile_length_and_memory():
     resource = pytest.importorskip("resource")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,6 +6,7 @@ import math
 import signal
 import sys
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -287,9 +288,12 @@ def test_resume_is_undisturbed_and_regrade_is_grade(folder, tmp_path, monkeypatc
     settings, records = read_generations(file)
     assert settings["samples"] == 2 and settings["window"] == 24 and len(records) == 10
     assert all(len(r["responses"]) == len(r["verdicts"]) == 2 for r in records)
-    assert {"results.md", "results.json", "results.png"} <= {
-        p.name for p in (tmp_path / "a" / "eval").iterdir()
-    }
+    reports = sorted(p.name for p in (tmp_path / "a" / "eval").iterdir() if p.is_file())
+    assert [Path(name).suffix for name in reports] == [".json", ".md", ".png"]
+    assert len({Path(name).stem for name in reports}) == 1 and reports[0].startswith("tiny-")
+    run(monkeypatch, *command, tmp_path / "a", "--seed", 3, "--samples", 1, "--limit", 1,
+        "--chunk", 9, "--out", tmp_path / "c")
+    assert file.read_text() == whole  # other folder
 
     lines = whole.splitlines(keepends=True)
     other = tmp_path / "b" / file.relative_to(tmp_path / "a")
@@ -390,7 +394,7 @@ def test_several_models_and_instructions(folder, tmp_path, monkeypatch, capsys):
     )
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 6 and sum("average" in line for line in table) == 2
-    result = json.loads((tmp_path / "eval" / "results.json").read_text())
+    result = json.loads(next((tmp_path / "eval").glob("*.json")).read_text())
     assert len(result["rows"]) == 6 and "p" in result["rows"][1] and "p" not in result["rows"][0]
     assert {"torch", "device", "git"} <= result.keys()
     asked = {
@@ -436,6 +440,10 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+GENERATION = {"problem": "p", "answer": "1", "responses": ["\\boxed{1}"], "lengths": [3],
+              "finished": [True], "verdicts": ["correct"]}
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -446,6 +454,12 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch):
         '{"settings": {}}\nx\n{"settings": {}}\n',
         '{"settings": {}}\n{"problem": "a"}\n',
         "\xff",
+        '{"settings": 3}\n',
+        *('{"settings": {}}\n' + json.dumps(GENERATION | wrong) + "\n" for wrong in (
+            {"problem": 3}, {"answer": None}, {"responses": "text"}, {"responses": [None]},
+            {"responses": ["a", "b"]}, {"lengths": ["1"]}, {"finished": [1]}, {"finished": None},
+            {"verdicts": 7}, {"verdicts": ["correct"] * 3})),
+        '{"settings": {}}\n' + "[" * 200_000 + "\n{}\n",
     ],
 )
 def test_files_that_hold_no_generations(text, tmp_path):

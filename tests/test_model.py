@@ -8,6 +8,7 @@ from types import MethodType
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 import model as nano
 from model import Cache, ModelConfig, Tokenizer, Transformer, UsageError, generate, sample
@@ -148,6 +149,38 @@ def test_nobody_else_opens_full_layers_without_rope(tmp_path):
     close(Transformer.from_pretrained(tmp_path)(tokens_of(1, 9)), ours(tokens_of(1, 9)))
     with pytest.raises((ValueError, OSError)):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def on_a_gpu(module):
+    """Its parameters as fake float32 ones, which training keeps."""
+    for child in module.modules():
+        for name, p in child.named_parameters(recurse=False):
+            weight = torch.empty(p.shape, device="cuda")
+            setattr(child, name, torch.nn.Parameter(weight, requires_grad=False))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_types_under_autocast_on_a_gpu(family):
+    """There rms_norm is computed in float32; the attention gets bfloat16 all the same."""
+    seen, block = [], tiny(model_type=family).model.layers[0]
+
+    def attend(*qkv):
+        seen.extend(qkv)
+        return qkv[0]
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_a_gpu(block)
+        x, rope = (torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+                   for shape in ((1, 7, 32), (1, 7, 1, 8)))
+        torch.set_autocast_enabled("cuda", True)
+        torch.set_autocast_dtype("cuda", torch.bfloat16)
+        try:
+            y = block(x, (rope, rope), attend)
+        finally:
+            torch.set_autocast_enabled("cuda", False)
+            torch.set_autocast_dtype("cuda", torch.float16)
+    assert [t.dtype for t in (*seen, y)] == [torch.bfloat16] * 4
 
 
 # -------------------------------------------------------------------------------- full and cached
@@ -439,6 +472,15 @@ def weights(change):
     return rewrite
 
 
+def sharded(weight_map, **shards):
+    def split(folder):
+        for name, tensors in shards.items():
+            nano.save_file(tensors, folder / f"{name}.safetensors")
+        index = {"weight_map": weight_map} if weight_map != "drop" else {}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return split
+
+
 def cut(folder):
     data = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(data[:-100])
@@ -464,7 +506,55 @@ FAULTS = {  # what is done to a good folder -> what the message says
     "tensor missing": (weights(lambda t: t.pop(Q)), f"lacks tensors {Q}"),
     "tensor unknown": (weights(lambda t: t.update(x=torch.ones(1))), "has unknown tensors x"),
     "tensor misshapen": (weights(lambda t: t.update({Q: torch.ones(3, 3)})), "has shape"),
+    "tensor twice": (sharded({"x": "a.safetensors", Q: "b.safetensors"}, a={Q: torch.ones(2)},
+                             b={Q: torch.ones(2)}), f"{Q} in two files"),
+    "int8": (weights(lambda t: t.update({Q: t[Q].to(torch.int8)})), "q_proj.* as I8.*quantised"),
+    "fp8": (weights(lambda t: t.update({Q: t[Q].to(torch.float8_e4m3fn)})), "stored as F8_E4M3"),
+    "weight NaN": (weights(lambda t: t[Q][0].fill_(torch.nan)), "q_proj.* NaN or infinity"),
+    "weight inf": (weights(lambda t: t[Q][0].fill_(-torch.inf)), "q_proj.* NaN or infinity"),
+    "index without map": (sharded("drop"), "index.json is malformed"),
+    "index map a list": (sharded([Q]), "index.json is malformed"),
+    "index map empty": (sharded({}), "names no files"),
+    "index of numbers": (sharded({Q: 1, "x": "a"}), "index.json is malformed"),
+    "index names above": (sharded({Q: "../model.safetensors"}), "outside of the folder"),
+    "index names elsewhere": (sharded({Q: "/etc/passwd"}), "outside of the folder"),
+    "config.json 200,000 deep": (lambda f: (f / "config.json").write_text("[" * 200_000),
+                                 "not readable JSON"),
+    "config.json a folder": (lambda f: [(f / "config.json").unlink(), (f / "config.json").mkdir()],
+                             "config.json is not readable"),
+    "config.json with no text": (lambda f: (f / "config.json").write_bytes(b'{"a": "\xff"}'),
+                                 "not readable JSON"),
+    "a name of two lines": (edit(model_type="a\nb" * 10**6), "model_type"),
 }
+LLAMA3_WITHOUT = {key: value for key, value in LLAMA3.items() if key != "factor"}
+ENTRIES = {  # what config.json says -> what the message says
+    "hidden_size": [0, -32, "32", 32.5, True, [32], 10**12, {}],
+    "vocab_size": [0, 10**18, "61"],
+    "intermediate_size": [-1, 1e3],
+    "num_hidden_layers": [0, -3, 20_000, 10**9, "3", True],
+    "num_attention_heads": [0, "4", 3, 10**9],  # 3 is no multiple of the two KV heads
+    "num_key_value_heads": [-2, "2", 3],
+    "head_dim": [-8, 7, "8", [8], 10**9],
+    "max_position_embeddings": [-1, "256"],
+    "rms_norm_eps": ["1e-6", -1, float("nan"), float("inf"), [0], True],
+    "rope_parameters": [[1], "default", {"rope_type": ["llama3"]}, LLAMA3_WITHOUT,
+                        LLAMA3 | {"factor": "8"}, LLAMA3 | {"factor": 0},
+                        LLAMA3 | {"high_freq_factor": 1.0}, {"rope_theta": float("nan")},
+                        {"rope_theta": "x"}, {"rope_theta": -5.0}],
+    "rope_theta": [float("nan"), float("inf"), "10000", -1, [1]],
+    "tie_word_embeddings": ["false", 0, "no"],
+    "use_sliding_window": ["false", 1],
+    "sliding_window": ["5", -1, 2.5, 10**30, [5], True],
+    "max_window_layers": ["2", -1],
+    "layer_types": [3, ["full_attention"], [1, 2, 3], [["full_attention"]] * 3, "full_attention",
+                    ["full_attention", "sliding_attention", "linear_attention"]],
+    "model_type": [["qwen3"], 3, {}, "nanoswarr"],
+}
+WORDS = {"head_dim": "head", "num_attention_heads": "heads", "num_key_value_heads": "heads",
+         "rope_parameters": "RoPE|rope|factor|lacks", "sliding_window": "window",
+         "model_type": "model_type"}
+FAULTS |= {f"{key} {str(value)[:90]}": (edit(**{key: value}), WORDS.get(key, key))
+           for key, values in ENTRIES.items() for value in values}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -474,7 +564,31 @@ def test_a_bad_folder_is_one_sentence(tmp_path, fault):
     damage(tmp_path / "model")
     with pytest.raises(UsageError, match=message) as error:
         Transformer.from_pretrained(tmp_path / "model")
-    assert "\n" not in str(error.value)
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+def test_headers_are_compared_before_anything_is_built(tmp_path, monkeypatch):
+    """A folder of 3 layers whose config.json says 900, with 16 million ids."""
+    tiny().save_pretrained(tmp_path)
+    edit(num_hidden_layers=900, vocab_size=nano.MAX_IDS, layer_types="drop")(tmp_path)
+    built, init = [], nano.Block.__init__
+    monkeypatch.setattr(nano.Block, "__init__", lambda *a: built.append(a) or init(*a))
+    monkeypatch.setattr(nano, "read_weights", None)
+    with pytest.raises(UsageError, match="lacks tensors .* and 9864 more: the weights"):
+        Transformer.from_pretrained(tmp_path)
+    assert len(built) <= 1
+
+
+def test_what_a_folder_may_leave_out(tmp_path):
+    """null is absent; a tied model's file may hold a head, which is not read as one."""
+    tiny(tie_word_embeddings=True).save_pretrained(tmp_path)
+    absent = dict.fromkeys(("rms_norm_eps", "rope_scaling", "layer_types", "nope_full",
+                            "max_window_layers", "max_position_embeddings"))
+    edit(**absent)(tmp_path)
+    weights(lambda t: t.update({"lm_head.weight": torch.ones(1)}))(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.config.rms_norm_eps == 1e-6 and ours.config.max_position_embeddings == 2048
 
 
 def test_an_unreachable_hub_is_one_sentence(monkeypatch):

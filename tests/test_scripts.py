@@ -84,7 +84,7 @@ def recipe(tmp_path):
     """-> (f, the folders of both arms). f() starts a long rl.py --model tiny, waits until each arm
     has done one more step of RL -> the process, alone in its group with what it starts."""
     command = [sys.executable, ROOT / "rl.py", *flags(untrained(tmp_path), TINY_RL),
-               "--steps", "100000"]
+               "--steps", "100000", "--save-minutes", "0"]
     arms, processes = [tmp_path / "tiny" / f"rl-w{w}" for w in ("24", "full")], []
 
     def start_it():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 import unicodedata
 from itertools import pairwise
 
@@ -70,6 +71,14 @@ def test_hard_strings(pair):
 
 def test_long_runs_neither_crash_nor_differ(pair):
     assert_agrees(*pair, LONG)
+
+
+def test_runs_just_short_of_long_ones_take_no_longer():
+    """Five of 99,999 spaces: 500 kB took seven seconds, all of them to look for a longer run."""
+    tokenizer, text = Tokenizer(TOTAL), (" " * 99_999 + "x") * 5
+    began = time.process_time()
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert time.process_time() - began < 2
 
 
 def test_problem_texts(pair, data):
@@ -243,6 +252,12 @@ def render(template, content="a"):
         "{{ messages[0].content | tojson }}{{ messages | tojson(indent=2) }}",
         "{{ strftime_now('%Y-%m-%d') }} {{ tools is none }} {{ documents is defined }}",
         "{%- if add_generation_prompt -%} x {%- endif %}",
+        "{% for m in messages + messages %}{{ loop.index }}/{{ loop.length }}{{ loop.last }}"
+        "{{ m.role ~ loop.index0 ~ none ~ undefined }}{% else %}none{% endfor %}",
+        "{% for key, value in messages[0].items() if key != 'role' recursive %}{{ key }}"
+        "{{ value.replace('<', 'a' * 3).split('&')[-1] + '-' * 2 ** 3 }}{% endfor %}",
+        "{% for i in range(2) %}{% for j in 'ab' %}{{ loop.cycle('x', 'y') ~ (i * 2 + 1) }}"
+        "{% endfor %}{% endfor %}{{ messages | map(attribute='role') | join(', ') }}",
     ],
 )
 def test_chat_templates_render_as_in_transformers(template):
@@ -270,10 +285,46 @@ def test_chat_template_places():
         "{{ messages[7].content.x }}",
         "{% if %}",
         [{"name": "tool_use", "template": "c"}],
+        7,
+        0,
+        {"default": "c"},
+        ["c"],
+        "{% for i in range(1000000000000) %}x{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
 def test_chat_template_errors(template):
-    with pytest.raises(model.UsageError, match="the chat template cannot render"):
+    with pytest.raises(model.UsageError, match="the chat template cannot render") as error:
+        render(template)
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'x' * 10**10 }}",
+        "{{ 10000000000 * 'x' }}",
+        "{{ 10**10**10 }}",
+        "{{ 'x'.ljust(10000000000) }}",
+        "{{ 'x'|center(10000000000) }}",
+        "{{ 5|center(10000000000) }}",
+        "{{ ''.zfill(10000000000) }}",
+        "{{ messages | tojson(indent=10000000000) }}",
+        "{{ ('x' * 1000000).replace('x', 'x' * 1000000) }}",
+        "{% set n = namespace(s='x') %}"
+        "{% for i in range(40) %}{% set n.s = n.s + n.s %}{% endfor %}",
+        "{% set n = namespace(s='x') %}"
+        "{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}xxxxxxxx{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f() %}{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}"
+        "{% endfor %}{% endmacro %}{{ f() }}",
+        "{{ 'nan'|float + 1 }}{{ 'x' * 10**10 }}",
+    ],
+)
+def test_chat_templates_are_bounded(template):
+    """What would fill the memory or not end is refused beforehand, within a second."""
+    with pytest.raises(model.UsageError, match="cannot render .*loops or builds without bound"):
         render(template)
 
 
@@ -302,6 +353,11 @@ def bpe(**changes):
     return {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []} | changes}
 
 
+def added(i, content="<a>"):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    return {"id": i, "content": content, **flags}
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
@@ -326,6 +382,29 @@ def bpe(**changes):
         (split(r"\p{L}+| "), "leaves out"),
         (split(r"(a"), "cannot read"),
         ({"added_tokens": [{"content": "<a>"}]}, "malformed"),
+        ({"added_tokens": 7}, "malformed"),
+        ({"added_tokens": [added(10**18)]}, "ids that are"),
+        ({"added_tokens": [added(-1)]}, "ids that are"),
+        ({"added_tokens": [added("40")]}, "ids that are"),
+        ({"added_tokens": [added(40.0)]}, "ids that are"),
+        ({"added_tokens": [added(True)]}, "ids that are"),
+        ({"added_tokens": [added([40])]}, "malformed"),
+        ({"added_tokens": [added(40), added(40, "<b>")]}, "used twice"),
+        ({"added_tokens": [added(3)]}, "used twice"),
+        ({"added_tokens": [added(40, "")]}, "empty tokens"),
+        ({"added_tokens": [added(40, 7)]}, "malformed"),
+        (bpe(vocab={"a": 0, "b": 0}), "used twice"),
+        (bpe(vocab={"a": 0, "b": -1}), "ids that are"),
+        (bpe(vocab={"a": 0, "b": 10**30}), "ids that are"),
+        (bpe(vocab=[1]), "malformed"),
+        (bpe(merges=[["a"] * 3, 7]), "malformed"),
+        ({"normalizer": "NFC"}, "malformed"),
+        ({"pre_tokenizer": [1]}, "malformed"),
+        ({"decoder": [1]}, "malformed"),
+        (split(r"a*|\P{N}|\p{N}"), "matches nothing"),
+        (split(r""), "matches nothing"),
+        (split(r"(?=a)|[\s\S]"), "matches nothing"),
+        (split(7), "malformed"),
     ],
 )
 def test_unsupported_tokenizers_are_named(changes, message):
@@ -340,10 +419,27 @@ def test_stripping_tokens_are_refused():
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"7", b"\xff\xfe{"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"7", b"\xff\xfe{", b"[" * 200_000, b"9" * 5000, b'[["a", 1]]']
+)
 def test_malformed_files_are_named(name, content):
     with pytest.raises(model.UsageError, match=name):
         Tokenizer(tiny() | {name: content})
+
+
+@pytest.mark.parametrize("ids", ["2", -1, 10**18, 2.0, True, [[2]], [2, "3"], {"a": 2}])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_stop_ids_that_are_none(name, ids):
+    with pytest.raises(model.UsageError, match=f"{name} says eos_token_id"):
+        Tokenizer(tiny(others={name: {"eos_token_id": ids}}))
+
+
+def test_a_pattern_that_fails_on_one_text_only():
+    """Nothing shows it when the tokenizer is built; tiktoken then panics at the empty match."""
+    tokenizer = Tokenizer(tiny(**split(r"(?=000)|[\s\S]")))
+    assert tokenizer.encode("00") == 2 * tokenizer.encode("0")
+    with pytest.raises(model.UsageError, match="tokenizer.json's pattern"):
+        tokenizer.encode("000")
 
 
 def test_missing_files(tmp_path, monkeypatch):
