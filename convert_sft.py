@@ -64,6 +64,7 @@ from model import (
     check_window,
     cli,
     fingerprint,
+    hub_in_reach,
     read_config,
     read_json,
     read_weights,
@@ -501,18 +502,20 @@ COLUMNS = {"problem", "question", "prompt", "answer", "solution", "reward_model"
            "generations", "correctness_math_verify", "correctness_llama", "is_reasoning_complete"}
 
 
+def load_hub(name, config, split):
+    """A data set of the hub, or what was fetched of it before where the hub is out of reach."""
+    import datasets  # imported here since it takes more than a second
+
+    if not hub_in_reach():
+        datasets.config.HF_HUB_OFFLINE = True
+    return datasets.load_dataset(name, config, split=split)
+
+
 def hub_rows(source, flag):
     """The rows of a hub data set: batch by batch, since millions of dicts would not fit."""
-    import datasets  # imported here since it takes more than a second
-    import huggingface_hub
-
-    try:
-        huggingface_hub.get_session().head(datasets.config.HF_ENDPOINT, timeout=5)
-    except Exception:  # no way there: what was fetched before, without half a minute of retries
-        datasets.config.HF_HUB_OFFLINE = True
     name, config, split = (source.split(":") + [None, None])[:3]
     try:
-        rows = datasets.load_dataset(name, config, split=split or "train")
+        rows = load_hub(name, config, split or "train")
     except Exception as error:  # network, unknown id, missing config: many types, one cure
         raise UsageError(f"{flag} {source} could not be fetched from the hub: check the name "
                          "and the connection, or give a JSONL file "

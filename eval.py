@@ -48,6 +48,7 @@ from convert_sft import (
     config_of,
     convert,
     describe_machine,
+    load_hub,
     load_problems,
     markdown,
     new_figure,
@@ -112,12 +113,9 @@ def load_benchmark(name, seed=0):
             raise UsageError(f"--benchmarks {name}: no such file; give a JSONL file or names out "
                              f"of {', '.join([*TASKS, *BENCHMARKS])}")
         return load_problems(name)
-    import datasets  # imported here since it takes more than a second
-
     hub_id, config, split, problem, answer = BENCHMARKS[name]
     try:
-        rows = [(row[problem], row[answer])
-                for row in datasets.load_dataset(hub_id, config, split=split)]
+        rows = [(row[problem], row[answer]) for row in load_hub(hub_id, config, split)]
     except Exception as error:  # network, moved, gated: many types, one cure
         raise UsageError(f"--benchmarks {name}: {hub_id} could not be fetched from the hub "
                          f"({type(error).__name__}): check the connection, or give the problems as "

@@ -988,11 +988,23 @@ def resolve(name_or_path, patterns):
     import huggingface_hub  # a dependency of datasets; imported here since it takes a second
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns,
+                                                      local_files_only=not hub_in_reach()))
     except Exception as error:  # network, authorisation, unknown id: many types, one cure
         raise UsageError(f"{name} is neither a folder here nor could it be fetched from "
                          "the hub: check the name and the connection "
                          f"({type(error).__name__})") from None
+
+
+def hub_in_reach():
+    """Whether the hub answers within seconds; its libraries would try for half a minute."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        return True
+    except Exception:  # no way there, of whatever kind: what was fetched before still serves
+        return False
 
 
 def read_json(path):

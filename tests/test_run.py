@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -34,6 +35,7 @@ from test_train import (  # noqa: F401
     settled,
     started,
     trainer_of,
+    two_ranks,
     untrained,
     worker,
 )
@@ -47,6 +49,7 @@ import swa_kernel
 from bench import SHAPES
 from convert_sft import (
     Run,
+    SFTSettings,
     Trainer,
     memory_plan,
     pack,
@@ -583,3 +586,90 @@ def test_offloading_and_keeping_blocks_show_in_the_plan():
                          for more in ({}, {"offload": True}, {"keep_blocks": 4}))
     assert whole > 30e9 and away < 24e9 and kept > whole + 2e9
     assert peak_bytes(memory_plan(config, 16384, 64, 32768)) > whole - 1  # the ring is as large
+
+
+# -------------------------------------------------------------------------------- rarely used flags
+
+
+def episode(reward, tokens=4):
+    return rl.Episode([1], [2] * tokens, [-1.0] * tokens, True, "", "correct", reward)
+
+
+def test_two_ranks_continue_two_ranks(after_sft, finished):
+    """Rank 0 alone reads the checkpoint, and the others get their shards of it."""
+    for steps in (2, 4):
+        done = two_ranks("rl", after_sft, RL.format(steps))
+        assert done.returncode == 0, done.stderr[-3000:]
+    folder = after_sft / "tiny" / "rl-w24"
+    assert [r["step"] for r in logged(folder)] == [1, 2, 3, 4]
+    assert difference(finished / "tiny" / "rl-w24", folder) < 1e-5
+
+
+def test_tied_weights_are_resumed(tmp_path):
+    task = SimpleNamespace(config=replace(TINY.config, tie_word_embeddings=True),
+                           tokens=TINY.tokens)
+
+    def begin(folder):
+        run = Run(SFTSettings.of(model="tiny", save_minutes=0), folder, {"lr": 1})
+        run.start(Trainer(convert_sft.untrained(task), CPU))
+        return run
+
+    def train(run, steps):
+        for _ in run.steps(steps):
+            run.trainer.update(grpo_rows(), lambda logp, m: -logp.sum() / 50, lr=1e-2)
+            run.log({})
+        run.lock.close()
+        return run.trainer.model.state_dict()
+
+    whole = train(begin(tmp_path / "a"), 4)
+    train(begin(tmp_path / "b"), 2)
+    again = begin(tmp_path / "b")
+    assert again.step == 2
+    model = again.trainer.model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(torch.equal(v, whole[k]) for k, v in train(again, 4).items())
+
+
+def test_adv_std_and_updates_reach_the_update(after_sft, monkeypatch):
+    """The advantages of the rows, and the old policy's log-probabilities in each of two updates."""
+    seen, update = [], Trainer.update
+
+    def spy(self, rows, *rest):
+        seen.append([(row["advantage"][-1], row.get("old_logprobs")) for row in rows])
+        return update(self, rows, *rest)
+
+    monkeypatch.setattr(Trainer, "update", spy)
+    folder = run("rl", after_sft, RL.format(1) + " --adv-std --updates 2")
+    first, second = seen
+    assert first == second and all(old is not None for _, old in first)
+    group = [a for a, _ in first[:4]]
+    assert sum(group) == pytest.approx(0, abs=1e-5)
+    assert torch.tensor(group).std().item() == pytest.approx(1, abs=1e-3)
+    other = run("rl", Path(shutil.copytree(after_sft, after_sft.parent / "again",
+                                           ignore=shutil.ignore_patterns("rl-*"))),
+                RL.format(1) + " --adv-std")
+    assert difference(folder, other) > 1e-6
+
+
+def test_the_overlong_buffer_reaches_the_reward():
+    settings = RLSettings.of(model="tiny", group=2, max_new_tokens=100, overlong_buffer=20)
+    groups = [[episode(1.0, 80), episode(1.0, 90)], [episode(0.0, 100), episode(0.0, 5)]]
+    assert rl.rewards_of(groups, settings).tolist() == [[1, 0.5], [-1, 0]]
+
+
+def test_nothing_on_the_device_is_asked_for(monkeypatch):
+    """A decode step and the training forward on a device without values, as a GPU would run them:
+    whatever waits for the host raises there."""
+    monkeypatch.setattr(swa_kernel, "_use_triton", lambda q: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(multi_processor_count=132, major=9))
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)
+    with torch.device("meta"):
+        model = Transformer(replace(TINY.config, window=24))
+    model.frequencies = model.frequencies.to("meta")
+    decoder = Decoder(model, 4, 50, 20, stop_ids=[7])
+    with torch.no_grad():
+        decoder.step(4)
+    tokens = torch.zeros(1, 30, dtype=torch.long, device="meta")
+    ends = torch.zeros(3, dtype=torch.int32, device="meta")
+    assert model(tokens, ends).shape == (1, 30, 33)
