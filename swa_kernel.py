@@ -710,7 +710,7 @@ def _check(q, k, v, window, cu_seqlens):
         return
     if B != 1 or S != T or cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32:
         raise ValueError("cu_seqlens, int32 (N + 1,), packs rows into B = 1 with S = T")
-    if cu_seqlens.device.type == "cpu":                        # on a GPU a look at the values is a host sync
+    if cu_seqlens.device.type == "cpu":               # on a GPU a look at values is a host sync
         ends = cu_seqlens.tolist()
         if ends[:1] != [0] or ends[-1] != T or ends != sorted(ends):
             raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {ends}")
