@@ -1182,6 +1182,7 @@ def draw_curves(path, records, title):
             for value in {r[level] for r in records if level in r}:
                 axis.axhline(value, color="gray", linewidth=0.8, linestyle=":")
                 axis.text(points[-1][0], value, label, fontsize=7, ha="right", va="bottom")
+        axis.margins(y=0.12)
         axis.set(title=CURVES[column], xlabel="step")
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)

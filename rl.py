@@ -245,19 +245,8 @@ def train_rl(settings, start):
         measured = all_sum(measured, device)
 
         update_seconds, seconds = time.time() - update_began, time.time() - began
-        record = {
-            "reward": total["reward"] / total["episodes"],
-            f"pass@{settings.group}": total["solved"] / total["groups"],
-            "length": total["tokens"] / total["episodes"],
-            "truncated": total["truncated"] / total["episodes"],
-            "entropy": total["surprise"] / total["tokens"],
-            "logp_gap": measured["logp_gap"] / max(measured["tokens"], 1),
-            "grad_norm": norm, "lr": lr,
-            **{name: total[name] for name in ("groups", "informative", *VERDICTS)},
-            "tok_per_s": total["tokens"] / rollout_seconds,
-            "update_tok_per_s": measured["tokens"] / max(update_seconds, 1e-9),
-            "rollout_seconds": rollout_seconds, "update_seconds": update_seconds,
-            "seconds": seconds}
+        record = record_of(total, measured, rollout_seconds, update_seconds, settings) | {
+            "grad_norm": norm, "lr": lr, "seconds": seconds}
         shown = "" if total["informative"] else " | all agree"
         if settings.validate_every and (step + 1) % settings.validate_every == 0:
             with run.off_the_clock():
@@ -274,7 +263,7 @@ def train_rl(settings, start):
         if RANK == 0:
             texts = [as_text(step, e, tokenizer) for e in (groups[0][0], groups[-1][-1])]
             run.write_text("episodes.txt", "".join(texts))
-    if RANK == 0 and not any(r.get("informative") for r in run.records) and run.step:
+    if run.step and RANK == 0 and not any(r.get("informative") for r in run.records):
         print("warning: no group of answers ever disagreed, so nothing was learned: problems that "
               "are neither too easy nor too hard are needed", file=sys.stderr, flush=True)
     return run.finish()
@@ -340,6 +329,21 @@ def count_up(groups, rewards):
         "truncated": sum(not e.finished for e in episodes),
         "surprise": -sum(sum(e.logprobs) for e in episodes)}
     return total | {v: sum(e.verdict == v for e in episodes) for v in VERDICTS}
+
+
+def record_of(total, measured, rollout_seconds, update_seconds, settings):
+    """What log.jsonl says of a step."""
+    return {
+        "reward": total["reward"] / total["episodes"],
+        f"pass@{settings.group}": total["solved"] / total["groups"],
+        "length": total["tokens"] / total["episodes"],
+        "truncated": total["truncated"] / total["episodes"],
+        "entropy": total["surprise"] / total["tokens"],
+        "logp_gap": measured["logp_gap"] / max(measured["tokens"], 1),
+        **{name: total[name] for name in ("groups", "informative", *VERDICTS)},
+        "tok_per_s": total["tokens"] / rollout_seconds, "rollout_seconds": rollout_seconds,
+        "update_tok_per_s": measured["tokens"] / max(update_seconds, 1e-9),
+        "update_seconds": update_seconds}
 
 
 def update_policy(trainer, rows, n_tokens, lr, settings, measured):
