@@ -829,6 +829,7 @@ class Run:
     Every random choice of a run derives from (seed, step), so the step is the whole data position
     and a resumed run repeats an undisturbed one bit by bit. Checkpoints are written under a
     temporary name; the last two are kept while the run goes on, the last one when it is finished.
+    Left out: whoever writes into the folder while the run does, and a GPU that computes wrongly.
     """
 
     def __init__(self, settings, folder=None, identity=None):

@@ -66,6 +66,7 @@ from model import (
     Tokenizer,
     Transformer,
     UsageError,
+    append_file,
     cli,
     fingerprint,
     generate,
@@ -145,8 +146,7 @@ def answer_benchmark(model, tokenizer, problems, file, settings, args):
     for first in range(len(records), len(problems), args.chunk):
         chunk = problems[first:first + args.chunk]
         new = answer_chunk(model, tokenizer, chunk, first, args)
-        with open(file, "a") as f:
-            f.write("".join(json.dumps(record) + "\n" for record in new))
+        append_file(file, as_jsonl(new))
         records += new
     return records[:len(problems)]
 
@@ -205,9 +205,12 @@ def is_record(row):
 
 
 def write_generations(file, settings, records):
-    lines = [json.dumps(row) + "\n" for row in ({"settings": settings}, *records)]
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_file(file, lambda f: f.write_text("".join(lines)))
+    write_file(file, lambda f: f.write_text(as_jsonl([{"settings": settings}, *records])))
+
+
+def as_jsonl(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def regrade(file):
@@ -488,10 +491,6 @@ def plan(args, seed, variant=None, start=None, rows=None, **changes):
         name = f"sft-{hashlib.sha256(as_jsonl(rows).encode()).hexdigest()[:8]}.jsonl"
         settings = settings.but(sft_data=str(settings.folder().parent / name))
     return Planned(settings, home / "base-wfull" if settings.tiny else None, start, rows)
-
-
-def as_jsonl(rows):
-    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def prepare(planned):

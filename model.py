@@ -1478,6 +1478,11 @@ def cli(main):
         print("error: out of memory: lower --slots (generation) or --micro-tokens (training), or "
               f"shorten --max-new-tokens ({str(error).splitlines()[0]})", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename or 'a file'} cannot be used ({error.strerror or error}): "
+              "free some space, or choose another --out; the same command continues",
+              file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("\nstopped; the same command continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -3,7 +3,9 @@
 import itertools
 import json
 import math
+import resource
 import signal
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -331,6 +333,23 @@ def test_resume_is_undisturbed_and_regrade_is_grade(folder, tmp_path, monkeypatc
     untrained(TINY, 1).save_pretrained(folder)
     with pytest.raises(UsageError, match="weights"):
         run(monkeypatch, *command, tmp_path / "a")
+
+
+def test_a_full_disk_costs_a_chunk_at_most(folder, tmp_path):
+    """In a process whose files may have 3,000 bytes; the same command then continues."""
+    command = [sys.executable, Path(evaluation.__file__), "--model", folder, "--benchmarks", "tiny",
+               "--limit", 12, "--chunk", 3, "--max-new-tokens", 40, "--device", "cpu", "--out",
+               tmp_path]
+    command = list(map(str, command))
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+
+    done = subprocess.run(command, preexec_fn=limit, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2 and "free some space" in done.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    subprocess.run(command, check=True, capture_output=True, timeout=100)
+    assert len(read_generations(next(tmp_path.rglob("tiny.jsonl")))[1]) == 12
 
 
 def test_finished_and_truncated_answers(folder, tmp_path, monkeypatch):
