@@ -748,12 +748,18 @@ class Trainer:
             if i < len(rows):  # the others are idle
                 rows[i][name] = logprobs[0].tolist()
 
-    def state(self, copied=False):
-        """Full, unsharded (weights, optimizer state), on request a GPU's as copies in host memory;
-        a collective under FSDP, in which rank 0 gets them."""
+    def weights(self, copied=False):
+        """Full, unsharded, on request a GPU's as copies in host memory; a collective under FSDP, in
+        which rank 0 gets them."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=copied or WORLD > 1)
-        return (get_model_state_dict(self.model, options=options),
-                get_optimizer_state_dict(self.model, self.optimizer, options=options))
+        return get_model_state_dict(self.model, options=options)
+
+    def optimizer_state(self, copied=False):
+        """Likewise; {} before the first step: to make one up, PyTorch would take a step."""
+        if not self.optimizer.state:
+            return {}
+        options = StateDictOptions(full_state_dict=True, cpu_offload=copied or WORLD > 1)
+        return get_optimizer_state_dict(self.model, self.optimizer, options=options)
 
     def load_state(self, weights, optimizer):
         """From rank 0, which has read them; other ranks give empty dictionaries."""
@@ -761,7 +767,8 @@ class Trainer:
         if weights and self.model.config.tie_word_embeddings:
             weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         set_model_state_dict(self.model, weights, options=options)
-        set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
+        if all_max(float(bool(optimizer)), self.device):
+            set_optimizer_state_dict(self.model, self.optimizer, optimizer, options=options)
 
 
 def pick_device(name, group=False):
@@ -914,7 +921,7 @@ class Run:
         if not checkpoints(self.folder) or number(checkpoints(self.folder)[-1]) < self.step:
             self.save()
             self.wait()
-        weights, _ = self.trainer.state()
+        weights = self.trainer.weights()
         if RANK == 0:
             self.trainer.model.save_pretrained(self.folder, weights)
             told = {"step": self.step, "seconds": seconds, "identity": self.identity}
@@ -962,7 +969,8 @@ class Run:
             self.wait()
             size = 12 * sum(p.numel() for p in self.trainer.model.parameters())
             aside = self.trainer.device.type == "cuda" and host_memory() > 1.2 * size
-            weights, optimizer = self.trainer.state(copied=aside)
+            weights = self.trainer.weights(copied=aside)
+            optimizer = self.trainer.optimizer_state(copied=aside)
             state = {"step": self.step, "seconds": self.elapsed(), "identity": self.identity,
                      "best": self.best, "texts": dict(self.texts), "optimizer": optimizer}
             if RANK == 0:
@@ -1022,7 +1030,7 @@ class Run:
         """The model with the highest value so far lies in best/, beside the last one."""
         if value > self.best:
             self.best = value
-            weights, _ = self.trainer.state()
+            weights = self.trainer.weights()
             if RANK == 0:
                 self.trainer.model.save_pretrained(self.folder / "best", weights)
 
