@@ -238,6 +238,8 @@ class SFTSettings(Settings):
 def convert(settings):
     """Stage 1: base -> SWA by SFT (SA, with the window None); returns the run's folder, made now or
     before."""
+    if settings.tiny:
+        settings.task.sft(settings)  # a fault in the data is told before a base is trained
     device, base = settings.start_device(), settings.base()
     run = Run(settings, identity=settings.identity() | {"base": fingerprint(base)})
     if run.finished(settings.steps):

@@ -652,6 +652,8 @@ def main():
     if settings.plan:
         return print_plan(settings, settings.longest(), settings.most_slots(), settings.longest())
     print_settings(settings)
+    if settings.tiny:
+        settings.task.validation(1, settings.seed)  # a fault in the data is told before all else
     if settings.tiny and settings.window:
         return tiny_recipe(settings)
     began = time.time()

@@ -446,7 +446,7 @@ def test_missing_files(tmp_path, monkeypatch):
     with pytest.raises(model.UsageError, match="tokenizer.json is missing"):
         Tokenizer.from_pretrained(tmp_path)
 
-    def snapshot_download(name, allow_patterns):
+    def snapshot_download(name, allow_patterns, local_files_only):
         assert "tokenizer.json" in allow_patterns and "model.safetensors" not in allow_patterns
         raise OSError("no network")
 
