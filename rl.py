@@ -14,7 +14,7 @@ ways of working that the window can carry. One step, with its shapes (P prompts,
                  divided by the response tokens of the whole batch -> one optimizer step
 
 In the order of the file: GRPO's mathematics, the RL loop, rollouts, validation and the recipe in
-miniature, the command; then, under its own banner, the answer checker.
+miniature, the settings and the command; then, under its own banner, the answer checker.
 
 Left out on purpose: a reference model and KL, a value model, reward models, asynchronous rollouts.
 
@@ -82,84 +82,6 @@ from model import (
     read_json,
     write_file,
 )
-
-
-@dataclass
-class RLSettings(Settings):
-    """Stage 2; the settings of stage 1 that it shares go to stage 1 as well."""
-
-    stage = "rl"
-    data: str = setting("BytedTsinghua-SIA/DAPO-Math-17k", "JSONL file or hub id[:config[:split]]")
-    sft_data: str | None = setting(None, "data of stage 1: its own default, or a JSONL file in "
-                                         "--data", free=True)
-    sft_steps: int | None = setting(None, "steps of stage 1, which runs if its checkpoint is "
-                                          "missing: its own default", least=0, free=True)
-    steps: int = setting(500, "RL steps, one rollout batch each", least=0, free=True)
-    hours: float = setting(0.0, "stop after these hours of the run, 0: no limit (for equal-time "
-                                "comparisons)", least=0, free=True)
-    prompts: int = setting(32, "prompts a step")
-    group: int = setting(8, "answers sampled for each prompt, G")
-    max_new_tokens: int = setting(8192, "tokens of a response; a truncated one earns 0")
-    lr: float = setting(1e-6, "learning rate, constant after warm-up")
-    warmup: int = setting(5, "steps of linear warm-up", least=0)
-    temperature: float = setting(1.0, "of sampling and of the policy that is trained; no top-k or "
-                                      "top-p", least=0)
-    updates: int = setting(1, "optimizer updates a rollout batch; the clip wakes above 1")
-    adv_std: bool = setting(False, "divide advantages by the group's standard deviation")
-    min_informative: int = setting(0, "sample up to 3 times more until so many groups disagree",
-                                   least=0)
-    overlong_buffer: int = setting(0, "tokens before the limit in which a soft penalty grows",
-                                   least=0)
-    tis_cap: float = setting(2.0, "truncated importance sampling, against the difference between a "
-                                  "bfloat16 sampler and the trained policy; 0: off", least=0)
-    validate: int = setting(128, "held-out problems for the accuracy before, during and after RL",
-                            free=True)
-    validate_every: int = setting(50, "steps between validations, of which the best model is kept "
-                                      "in best/; 0: none", least=0, free=True)
-    slots: int | None = setting(None, "sequences that run at a time: what free memory holds",
-                                free=True)
-
-    @classmethod
-    def of(cls, **given):
-        settings = super().of(**given)
-        if settings.sft_data is None and Path(settings.data).is_file():
-            settings.sft_data = settings.data
-        return settings
-
-    def longest(self, prompt=1024):
-        """Tokens of the longest sequence: a response and a prompt's share."""
-        return self.max_new_tokens + prompt
-
-    def most_slots(self):
-        return self.slots or self.prompts * self.group
-
-    def check(self):
-        super().check()
-        for wrong, sentence in (
-                (self.group < 2, f"--group {self.group}: one answer has nothing to be compared "
-                                 "with; give at least 2"),
-                (self.temperature == 0, "--temperature 0: greedy answers are all the same, and "
-                                        "nothing is learned; give a number above 0"),
-                (self.min_informative > 4 * self.prompts,
-                 f"--min-informative {self.min_informative}: a step samples at most 4 times "
-                 f"--prompts {self.prompts}; give at most {4 * self.prompts}")):
-            if wrong:
-                raise UsageError(sentence)
-
-    @cached_property
-    def stage1(self):
-        """The settings of stage 1 that belong to these."""
-        ours = {f.name: f.name for f in fields(Settings)} | {"steps": "sft_steps",
-                                                             "data": "sft_data"}
-        values = {name: getattr(self, own) for name, own in ours.items()}
-        for name in ("steps", "data"):
-            if values[name] is None:
-                del values[name]
-        settings = SFTSettings.of(**values)
-        settings.given = frozenset(name for name, own in ours.items() if own in self.given)
-        settings.data_flag = "--sft-data"
-        return settings
-
 
 # --------------------------------------------------------------------------------------------------
 # GRPO
@@ -641,6 +563,87 @@ def draw_recipe(path, cells, logs, settings, n):
     name = settings.folder().parent.name
     figure.suptitle(f"{name}, seed {settings.seed}, 95 % bootstrap intervals", fontsize=9)
     save_figure(figure, path)
+
+
+# --------------------------------------------------------------------------------------------------
+# the command, and its settings
+
+
+@dataclass
+class RLSettings(Settings):
+    """Stage 2; the settings of stage 1 that it shares go to stage 1 as well."""
+
+    stage = "rl"
+    data: str = setting("BytedTsinghua-SIA/DAPO-Math-17k", "JSONL file or hub id[:config[:split]]")
+    sft_data: str | None = setting(None, "data of stage 1: its own default, or a JSONL file in "
+                                         "--data", free=True)
+    sft_steps: int | None = setting(None, "steps of stage 1, which runs if its checkpoint is "
+                                          "missing: its own default", least=0, free=True)
+    steps: int = setting(500, "RL steps, one rollout batch each", least=0, free=True)
+    hours: float = setting(0.0, "stop after these hours of the run, 0: no limit (for equal-time "
+                                "comparisons)", least=0, free=True)
+    prompts: int = setting(32, "prompts a step")
+    group: int = setting(8, "answers sampled for each prompt, G")
+    max_new_tokens: int = setting(8192, "tokens of a response; a truncated one earns 0")
+    lr: float = setting(1e-6, "learning rate, constant after warm-up")
+    warmup: int = setting(5, "steps of linear warm-up", least=0)
+    temperature: float = setting(1.0, "of sampling and of the policy that is trained; no top-k or "
+                                      "top-p", least=0)
+    updates: int = setting(1, "optimizer updates a rollout batch; the clip wakes above 1")
+    adv_std: bool = setting(False, "divide advantages by the group's standard deviation")
+    min_informative: int = setting(0, "sample up to 3 times more until so many groups disagree",
+                                   least=0)
+    overlong_buffer: int = setting(0, "tokens before the limit in which a soft penalty grows",
+                                   least=0)
+    tis_cap: float = setting(2.0, "truncated importance sampling, against the difference between a "
+                                  "bfloat16 sampler and the trained policy; 0: off", least=0)
+    validate: int = setting(128, "held-out problems for the accuracy before, during and after RL",
+                            free=True)
+    validate_every: int = setting(50, "steps between validations, of which the best model is kept "
+                                      "in best/; 0: none", least=0, free=True)
+    slots: int | None = setting(None, "sequences that run at a time: what free memory holds",
+                                free=True)
+
+    @classmethod
+    def of(cls, **given):
+        settings = super().of(**given)
+        if settings.sft_data is None and Path(settings.data).is_file():
+            settings.sft_data = settings.data
+        return settings
+
+    def longest(self, prompt=1024):
+        """Tokens of the longest sequence: a response and a prompt's share."""
+        return self.max_new_tokens + prompt
+
+    def most_slots(self):
+        return self.slots or self.prompts * self.group
+
+    def check(self):
+        super().check()
+        for wrong, sentence in (
+                (self.group < 2, f"--group {self.group}: one answer has nothing to be compared "
+                                 "with; give at least 2"),
+                (self.temperature == 0, "--temperature 0: greedy answers are all the same, and "
+                                        "nothing is learned; give a number above 0"),
+                (self.min_informative > 4 * self.prompts,
+                 f"--min-informative {self.min_informative}: a step samples at most 4 times "
+                 f"--prompts {self.prompts}; give at most {4 * self.prompts}")):
+            if wrong:
+                raise UsageError(sentence)
+
+    @cached_property
+    def stage1(self):
+        """The settings of stage 1 that belong to these."""
+        ours = {f.name: f.name for f in fields(Settings)} | {"steps": "sft_steps",
+                                                             "data": "sft_data"}
+        values = {name: getattr(self, own) for name, own in ours.items()}
+        for name in ("steps", "data"):
+            if values[name] is None:
+                del values[name]
+        settings = SFTSettings.of(**values)
+        settings.given = frozenset(name for name, own in ours.items() if own in self.given)
+        settings.data_flag = "--sft-data"
+        return settings
 
 
 def parser():
