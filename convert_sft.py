@@ -149,11 +149,14 @@ class Settings:
     memory: float | None = setting(None, "GB of the GPU that --plan is about: by default the one "
                                          "that it sees", free=True)
 
+    other_models = 0  # on the device, beside the trained one and its rollout copy
     given = frozenset()  # the names of those that were given, not defaults
 
     @classmethod
     def of(cls, **given):
         """Settings from the flags that were given; a tiny task's defaults, then the real ones."""
+        if given.get("model") == "tiny" and given.get("data") in TASKS:
+            given["model"] = given["data"]  # each tiny task has a model of its own
         tiny = TASKS.get(given.get("model"))
         settings = cls(**(tiny.defaults[cls.stage] if tiny else {}) | given)
         settings.given = frozenset(given)
@@ -331,7 +334,7 @@ def sft_rows(settings, tokenizer, problems):
     rows, opening = [], probe.rpartition("0")[2]  # what the template puts before the response
     for problem in problems:
         prompt = as_prompt(tokenizer, problem["problem"], settings.instruction)
-        response = without_opening(solution_text(problem), opening)
+        response = without_opening(settings.task.response(problem), opening)
         rows.append(make_row(prompt, tokenizer.encode(response) + [end]))
     return rows
 
@@ -368,6 +371,7 @@ class Problems:
 
     grade = None  # f(response, gold) -> verdict; None: the answer checker of rl.py
     measures = {}  # {name: f(response) -> number} of what validation reports beside accuracy
+    size = None  # f(problem) -> a number that accuracy is shown by
     held_out = 5  # percent of the problems, by a hash: the same ones in both stages
 
     def __init__(self, source, flag="--data", distinct=False):
@@ -413,6 +417,10 @@ class Problems:
     def some(self, n, seed):
         """n training problems for an analysis."""
         return self.for_rl[0][:n]
+
+    def response(self, problem):
+        """What stage 1 learns to answer."""
+        return solution_text(problem)
 
     def other_solutions(self, seed):
         """{name: problems} with solutions of another kind, for eval.py's conversion strategies."""
@@ -1215,7 +1223,7 @@ def markdown(rows, cell=str):
 # before a run: what would end it after a night ends it in a minute
 
 
-def memory_plan(config, tokens, slots=0, length=0, keep_blocks=0, offload=False):
+def memory_plan(config, tokens, slots=0, length=0, keep_blocks=0, offload=False, others=0):
     """[(phase, part, bytes)] of a GPU run; its peak is "always" plus the larger of the two others.
 
     tokens: of one micro-batch in the update; slots sequences of up to `length` tokens in rollouts.
@@ -1240,6 +1248,8 @@ def memory_plan(config, tokens, slots=0, length=0, keep_blocks=0, offload=False)
          3 * 4 * min(LOGITS_PER_CHUNK, tokens * config.vocab_size))]
     if keep_blocks:
         plan.append(("update", f"{keep_blocks} blocks' activations", keep_blocks * block))
+    if others:
+        plan.append(("always", f"{others} other models, bfloat16", others * 2 * P))
     if slots:
         cache = slots * Cache.bytes_per_slot(config, length, torch.bfloat16)
         plan += [("always", "rollout copy, bfloat16", 2 * P),
@@ -1273,7 +1283,7 @@ def plan_of(settings, tokens, slots=0, length=0):
     config = replace(config_of(settings.model), window=settings.window,
                      full_layers=settings.full_layers)
     return memory_plan(config, max(tokens, settings.micro_tokens), slots, length,
-                       settings.keep_blocks, settings.offload)
+                       settings.keep_blocks, settings.offload, settings.other_models)
 
 
 def print_plan(settings, tokens, slots=0, length=0):
@@ -1354,10 +1364,34 @@ def shakedown(run, trainer, tokens, roll_out=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# the tiny task
+# the tiny tasks
 
 
-class RunningSums:
+class TinyTask:
+    """A task for miniatures: its problems are made as they are asked for, by a seed each."""
+
+    grade = None  # rl.py's answer checker, as for real problems
+
+    def only(self, select):
+        return self
+
+    def rl(self, settings, step, attempt):
+        return self.problems(settings.prompts, [settings.seed, 7, step, attempt])
+
+    def some(self, n, seed):
+        return self.problems(n, [seed, 13])
+
+    def validation(self, n, seed):
+        return self.problems(n, [seed, 10], test=True)
+
+    def response(self, problem):
+        return problem["solution"]
+
+    def other_solutions(self, seed):
+        return {}
+
+
+class RunningSums(TinyTask):
     """Running sums with named operands, where restating brings far operands near.
 
     Prompt `a3b0c4d1?`: n in 4..8 operands of 0..4. Answer `a3+0=3;b0+3=3;...\\boxed{8}`. Reading
@@ -1379,12 +1413,11 @@ class RunningSums:
                "instruction": ""},
     }
     pretraining = {"steps": 1500, "rounds": 4, "batch": 16, "length": 128, "lr": 3e-3,
-                   "warmup": 75}
-    grade = None  # rl.py's answer checker, as for real problems
+                   "warmup": 75, "pass": 0.98}
     measures = {"restatements": lambda response: response.count("[")}
 
-    def only(self, select):
-        return self  # problems that it makes as they are asked for
+    def size(self, problem):
+        return len(problem) // 2  # operands
 
     def sft(self, settings):
         """(training problems, held-out problems): 80 % of the solutions hardly restate, 20 %
@@ -1395,17 +1428,8 @@ class RunningSums:
         return (self.problems(4000, [settings.seed, 4], restate=restate),
                 self.problems(settings.eval_examples, [settings.seed, 5], True, restate))
 
-    def rl(self, settings, step, attempt):
-        return self.problems(settings.prompts, [settings.seed, 7, step, attempt])
-
-    def some(self, n, seed):
-        return self.problems(n, [seed, 13])
-
     def other_solutions(self, seed):
         return {"restate-only": self.problems(4000, [seed, 4], restate=lambda rng: 1)}
-
-    def validation(self, n, seed):
-        return self.problems(n, [seed, 10], test=True)
 
     def problems(self, n, seed, test=False, restate=None):
         """n problems of one side of the hash split; test problems are distinct.
@@ -1475,7 +1499,81 @@ class RunningSums:
         return right / asked
 
 
-TASKS = {"tiny": RunningSums()}  # by the name that --model and --data take
+class RollCall(TinyTask):
+    """Each of the first n letters once, in any order, where an order that the last few letters
+    suffice to continue stands in for the memory of what was named.
+
+    Prompt `12`, answer `gcajbhlekdif`. The solutions are random permutations: nothing in them
+    prefers an order, and all right answers are equally long. There are 15 prompts, n in 2..16, and
+    all of them are trained on: what is validated is the answering, not new problems.
+    """
+
+    letters = "abcdefghijklmnop"
+    tokens = [*letters, *(str(n) for n in range(2, 17))]
+    config = replace(RunningSums.config, vocab_size=34, intermediate_size=256)
+    defaults = {
+        "sft": {"window": 4, "steps": 600, "batch": 64, "lr": 1e-3, "warmup": 10,
+                "max_length": 32, "eval_every": 100, "eval_examples": 200, "data": "roll-call",
+                "instruction": ""},
+        "rl": {"window": 4, "steps": 200, "prompts": 16, "group": 16, "max_new_tokens": 20,
+               "lr": 5e-4, "warmup": 3, "validate": 480, "validate_every": 50,
+               "data": "roll-call", "instruction": ""},
+    }
+    pretraining = {"steps": 2500, "rounds": 4, "batch": 16, "length": 64, "lr": 2e-3,
+                   "warmup": 75, "pass": 0.95}
+
+    def size(self, problem):
+        return int(problem)  # letters
+
+    def grade(self, response, gold):
+        return "correct" if sorted(response) == sorted(gold) else "wrong"
+
+    @staticmethod
+    def order(response):
+        """The correlation of place and letter: 1 for the alphabet, -1 for it backwards."""
+        places = [RollCall.letters.find(letter) for letter in response]
+        if len(set(places)) < 2:
+            return 0.0
+        return float(np.corrcoef(places, range(len(places)))[0, 1])
+
+    measures = {"order": order}
+
+    def sft(self, settings):
+        return (self.problems(20000, [settings.seed, 4]),
+                self.problems(settings.eval_examples, [settings.seed, 5]))
+
+    def problems(self, n, seed, test=False):
+        """n problems with their solutions; for a test each size in turn, the largest first."""
+        rng, problems = np.random.default_rng(seed), []
+        for i in range(n):
+            size = 16 - i % 15 if test else int(rng.integers(2, 17))
+            letters = self.letters[:size]
+            solution = "".join(rng.permutation(list(letters)))
+            problems.append({"problem": str(size), "answer": letters, "solution": solution})
+        return problems
+
+    def documents(self, seed):
+        return [p["problem"] + p["solution"] for p in self.problems(100000, [seed, 1])]
+
+    @torch.no_grad()
+    def gate(self, model, tokenizer, seed, n=200):
+        """The chance that an answer of full attention is right: what fresh random documents leave
+        of it, letter by letter, and the end of the answer."""
+        total = 0.0
+        for document in self.problems(n, [seed, 3]):
+            ids = tokenizer.encode(f"<bos>{document['problem']}")
+            letters = tokenizer.encode(document["solution"])
+            tokens = torch.tensor([ids + letters], device=model.device)
+            p = model(tokens)[0, len(ids) - 1:].softmax(-1)
+            legal = torch.zeros_like(p)
+            for i in range(len(letters)):
+                legal[i, letters[i:]] = 1
+            legal[-1, list(tokenizer.stop_ids)] = 1
+            total += (p * legal).sum(-1).prod().item()
+        return total / n
+
+
+TASKS = {"tiny": RunningSums(), "roll-call": RollCall()}  # by the name that --data takes
 
 
 def pretrain(settings):
@@ -1513,7 +1611,7 @@ def pretrain(settings):
             run.log({}, f"base step {step + 1}/{last}", every=10)
         passed = task.gate(model, tokenizer, settings.seed)
         print(f"base: step {run.step}, passes {passed:.3f} of the gate", flush=True)
-        if passed >= 0.98:
+        if passed >= how["pass"]:
             break
     return run.finish()
 

@@ -83,6 +83,7 @@ from rl import (  # noqa: F401
     interval,
     is_correct,
     open_model,
+    own_or_window,
     resample,
     roll_out,
     run_arm,
@@ -265,10 +266,11 @@ class Estimate:
     seeds: list = field(default_factory=list)
 
 
-def over_seeds(groups, seed=0):
-    """One array of scores (P, R) for each training seed -> Estimate.
+def over_seeds(groups, seed=0, rate=True):
+    """One array of scores (P, R) for each training seed -> Estimate; rate: they lie in [0, 1].
 
-    Resamples seeds, then problems, then repeats. One seed's interval says nothing about training.
+    Resamples seeds, then problems, then repeats. One seed's interval says nothing about training;
+    with three seeds it is nearly their range.
     Seeds without any problem (no correct trajectory, say) are left out; nan where all are.
     """
     groups = [scores for scores in groups if len(scores)]
@@ -278,7 +280,8 @@ def over_seeds(groups, seed=0):
     S, n = means.shape
     rng = np.random.default_rng([seed, 2])
     some_seeds, some_means = rng.integers(S, size=(n, S)), rng.integers(n, size=(n, S))
-    low, high = interval(means[some_seeds, some_means].mean(1))
+    low, high = interval(means[some_seeds, some_means].mean(1),
+                         scores=np.concatenate(groups) if rate else ())
     seeds = [float(np.mean(scores)) for scores in groups]
     return Estimate(float(np.mean(seeds)), low, high, sum(map(len, groups)), seeds)
 
@@ -550,7 +553,7 @@ def cells(results, stage):
     """One run's results over the seeds -> the cells of a table's row."""
     found = [result[stage] for result in results]
     row = {name: over_seeds([f[name]["scores"] for f in found]) for name in SAMPLINGS}
-    others = [key for key in found[0]["T=1"] if key != "scores"]
+    others = [key for key in found[0]["T=1"] if key not in ("scores", "example")]
     return row | {key: mean_of([f["T=1"] for f in found], key) for key in others}
 
 
@@ -701,7 +704,7 @@ def locality(args):
 
     def estimate(label, which, value):
         return over_seeds([[[value(t)] for t in trajectories if t.correct or which == "all"]
-                           for trajectories in found[label]])
+                           for trajectories in found[label]], rate=False)
 
     rows = [{"policy": label, "trajectories": which,
              "KL a token": estimate(label, which, lambda t: t.kl[W]),
@@ -1118,7 +1121,7 @@ def parser():
     add("--instruction", "appended to each problem (default: to box the answer; none for tiny and "
         "--prompt)")
     p.add_argument("--window", default="own",
-                   type=lambda text: text if text == "own" else window_arg(text),
+                   type=own_or_window,
                    help="in place of the model's own: keys, or full")
     add("--limit", "use the first so many problems", kind=int)
     add("--chunk", "problems between two writes: an interruption loses at most these", 64)

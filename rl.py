@@ -32,7 +32,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -70,6 +70,7 @@ from convert_sft import (
     shakedown,
     that_fit,
     warn_of_reach,
+    window_arg,
 )
 from model import (
     Rollout,
@@ -95,6 +96,25 @@ def group_advantages(rewards, std=False):
     if std:
         advantages = advantages / (rewards.std(-1, keepdim=True) + 1e-6)
     return advantages
+
+
+def advantages_of(rewards, settings):
+    """rewards (prompts, G) -> advantages (prompts, G), by the choice of --advantage. GRPO's is 0 in
+    groups that agree; distillation's is a token's own, see token_advantages."""
+    if settings.advantage == "filtered":
+        return (rewards > 0).float()
+    if settings.advantage == "distill":
+        return torch.ones_like(rewards)
+    return group_advantages(rewards, settings.adv_std) * informative(rewards)[:, None]
+
+
+def token_advantages(micro, old_logprobs):
+    """The advantages of a micro-batch, (1, T). With a teacher's log-probabilities: on-policy
+    distillation (arXiv 2306.13649), whose reverse KL is smallest where each token's
+    log p_teacher - log p is 0; clamped, since a single token of a lost teacher would decide."""
+    if "teacher" not in micro:
+        return micro["advantage"]
+    return micro["advantage"] * (micro["teacher"] - old_logprobs).clamp(-5, 5)
 
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, n_tokens, clip=(0.2, 0.28),
@@ -126,10 +146,13 @@ def overlong_penalty(length, limit, buffer):
 # the RL loop
 
 
-def train_rl(settings, start):
-    """GRPO from the model in folder `start`; returns the run's folder, made now or before."""
+def train_rl(settings, start, teacher=None):
+    """GRPO, or what --advantage makes of it, from the model in folder `start`; teacher: the folder
+    of SA-SFT, for distillation. Returns the run's folder, made now or before."""
     device = settings.start_device()
-    run = Run(settings, identity=settings.identity() | {"start": fingerprint(start)})
+    models = {"start": start, "teacher": teacher, "sampler": settings.rollouts_by}
+    run = Run(settings, identity=settings.identity() | {
+        name: fingerprint(folder) for name, folder in models.items() if folder})
     if run.finished(settings.steps, settings.hours):
         return run.folder
     model = Transformer.from_pretrained(start, device=device, dtype=torch.float32)
@@ -138,41 +161,47 @@ def train_rl(settings, start):
                          f"{settings.window or 'full'}: give its window, or another --out")
     tokenizer = Tokenizer(model.tokenizer_files)
     trainer = settings.trainer(model, device)
-    sampler = rollout_copy(trainer)
+    policy = sampler = rollout_copy(trainer)
+    if settings.rollouts_by:
+        sampler, _ = open_model(settings.rollouts_by, settings)
+    if teacher:
+        teacher, _ = open_model(teacher, settings)
 
     run.start(trainer)
     if RANK == 0:
         prune(start)  # stage 1 is done: its optimizer's state, most of its size, may go
     if device.type == "cuda" and run.step == 0:
         shakedown(run, trainer, max(settings.micro_tokens, settings.longest()),
-                  partial(fill_slots, sampler, settings))
+                  partial(fill_slots, policy, settings))
     for step in run.steps(settings.steps, settings.hours):
         began = time.time()
-        refresh(sampler, trainer.model)
-        groups = sample_groups(sampler, tokenizer, step, settings, device)
+        refresh(policy, trainer.model)
+        with under(settings.rollout_window, sampler):
+            groups = sample_groups(sampler, tokenizer, step, settings, device)
         rollout_seconds = time.time() - began
 
         rewards = rewards_of(groups, settings)  # (P, G)
-        advantages = group_advantages(rewards, settings.adv_std)
-        rows = training_rows(groups, rewards, advantages)
-        total = all_sum(count_up(groups, rewards), device)
+        advantages = advantages_of(rewards, settings)
+        rows = training_rows(groups, advantages)
+        total = all_sum(count_up(groups, rewards, advantages), device)
 
         update_began = time.time()
         lr, norm = schedule(step, settings.steps, settings.lr, settings.warmup), 0.0
         measured = {"logp_gap": 0.0, "tokens": 0.0}
-        # Groups that agree count, as answers without a gradient; those sampled again do not
-        n_tokens = total["useful_tokens" if settings.min_informative else "tokens"]
-        if total["informative"]:
-            norm = update_policy(trainer, rows, n_tokens, lr, settings, measured)
+        # GRPO: groups that agree count, as answers without a gradient; those sampled again do not
+        all_count = settings.advantage == "grpo" and not settings.min_informative
+        n_tokens = total["tokens" if all_count else "useful_tokens"]
+        if total["useful_tokens"]:
+            norm = update_policy(trainer, rows, n_tokens, lr, settings, measured, teacher)
         measured = all_sum(measured, device)
 
         update_seconds, seconds = time.time() - update_began, time.time() - began
         record = record_of(total, measured, rollout_seconds, update_seconds, settings) | {
             "grad_norm": norm, "lr": lr, "seconds": seconds}
-        shown = "" if total["informative"] else " | all agree"
+        shown = "" if total["useful_tokens"] else " | all agree"
         if settings.validate_every and (step + 1) % settings.validate_every == 0:
             with run.off_the_clock():
-                record["validation"] = accuracy_now(sampler, trainer, tokenizer, settings)
+                record["validation"] = accuracy_now(policy, trainer, tokenizer, settings)
                 run.keep_best(record["validation"])
             shown += f" | validation {record['validation']:.3f}"
         run.log(record, f"rl w={settings.window or 'full'} step {step + 1}/{settings.steps} | "
@@ -185,7 +214,7 @@ def train_rl(settings, start):
         if RANK == 0:
             texts = [as_text(step, e, tokenizer) for e in (groups[0][0], groups[-1][-1])]
             run.write_text("episodes.txt", "".join(texts))
-    if run.step and RANK == 0 and not any(r.get("informative") for r in run.records):
+    if run.step and RANK == 0 and not any(r.get("useful_tokens") for r in run.records):
         print("warning: no group of answers ever disagreed, so nothing was learned: problems that "
               "are neither too easy nor too hard are needed", file=sys.stderr, flush=True)
     return run.finish()
@@ -223,14 +252,14 @@ def informative(rewards):
     return (rewards != rewards[:, :1]).any(-1)
 
 
-def training_rows(groups, rewards, advantages):
-    """A row an episode, in which every response token has the episode's advantage. Groups that
-    agree have advantage 0 throughout: they are left out, but their tokens still count."""
+def training_rows(groups, advantages):
+    """A row an episode, in which every response token has the episode's advantage. Those of
+    advantage 0 have no gradient: they are left out."""
     rows = []
-    for group, advantage, useful in zip(groups, advantages.tolist(), informative(rewards)):
+    for group, advantage in zip(groups, advantages.tolist()):
         for episode, a in zip(group, advantage):
             n = len(episode.tokens)
-            if useful:
+            if a:
                 rows.append(make_row(episode.prompt, episode.tokens, advantage=[a] * n,
                                      mask=[1.0] * n, rollout_logprobs=episode.logprobs))
     return rows
@@ -239,15 +268,14 @@ def training_rows(groups, rewards, advantages):
 VERDICTS = "correct", "unparsed", "missing"
 
 
-def count_up(groups, rewards):
+def count_up(groups, rewards, advantages):
     """What a step's record is made of, as sums: ranks add theirs up."""
     episodes = [episode for group in groups for episode in group]
     total = {
         "episodes": len(episodes), "groups": len(groups), "informative": informative(rewards).sum(),
         "reward": rewards.sum(), "solved": (rewards > 0).any(-1).sum(),
         "tokens": sum(len(e.tokens) for e in episodes),
-        "useful_tokens": sum(len(e.tokens) for group, useful in zip(groups, informative(rewards))
-                             for e in group if useful),
+        "useful_tokens": sum(len(e.tokens) for e, a in zip(episodes, advantages.flatten()) if a),
         "truncated": sum(not e.finished for e in episodes),
         "surprise": -sum(sum(e.logprobs) for e in episodes)}
     return total | {v: sum(e.verdict == v for e in episodes) for v in VERDICTS}
@@ -262,13 +290,13 @@ def record_of(total, measured, rollout_seconds, update_seconds, settings):
         "truncated": total["truncated"] / total["episodes"],
         "entropy": total["surprise"] / total["tokens"],
         "logp_gap": measured["logp_gap"] / max(measured["tokens"], 1),
-        **{name: total[name] for name in ("groups", "informative", *VERDICTS)},
+        **{name: total[name] for name in ("groups", "informative", "useful_tokens", *VERDICTS)},
         "tok_per_s": total["tokens"] / rollout_seconds, "rollout_seconds": rollout_seconds,
         "update_tok_per_s": measured["tokens"] / max(update_seconds, 1e-9),
         "update_seconds": update_seconds}
 
 
-def update_policy(trainer, rows, n_tokens, lr, settings, measured):
+def update_policy(trainer, rows, n_tokens, lr, settings, measured, teacher=None):
     """The optimizer's steps on a batch of rows -> the last one's gradient norm; adds to `measured`
     the difference between the sampler's log-probabilities and the trained model's."""
     def loss_fn(logprobs, micro):
@@ -276,10 +304,12 @@ def update_policy(trainer, rows, n_tokens, lr, settings, measured):
         gap = (logprobs.detach() - sampled).abs() * micro["mask"]
         measured["logp_gap"] += gap.sum().item()
         measured["tokens"] += micro["mask"].sum().item()
-        return grpo_loss(logprobs, old, micro["advantage"], micro["mask"], n_tokens,
-                         rollout_logprobs=sampled if settings.tis_cap else None,
-                         tis_cap=settings.tis_cap)
+        weighted = settings.tis_cap and not settings.rollouts_by  # another's: plain likelihood
+        return grpo_loss(logprobs, old, token_advantages(micro, old), micro["mask"], n_tokens,
+                         rollout_logprobs=sampled if weighted else None, tis_cap=settings.tis_cap)
 
+    if teacher:
+        trainer.add_logprobs(rows, "teacher", settings.temperature, teacher)
     if settings.updates > 1:
         trainer.add_logprobs(rows, "old_logprobs", settings.temperature)
     for _ in range(settings.updates):
@@ -357,6 +387,15 @@ def fill_slots(sampler, settings):
              stop_ids=range(sampler.config.vocab_size))
 
 
+@contextmanager
+def under(window, model):
+    """The model with another window, for a while; "own": with its own."""
+    own = model.config.window
+    model.config.window = own if window == "own" else window
+    yield
+    model.config.window = own
+
+
 @torch.no_grad()
 def refresh(sampler, model):
     """The trained weights into the rollout copy; under FSDP every rank gathers, tensor by
@@ -383,45 +422,59 @@ def resample(scores, n=2000, seed=0, stream=0):
     return sum(scores[problem, repeats.integers(R, size=(n, P))].mean(1) for _ in range(R)) / R
 
 
-def interval(means, level=0.95):
-    return [float(x) for x in np.quantile(means, [(1 - level) / 2, (1 + level) / 2])]
+def interval(means, level=0.95, scores=()):
+    """The percentiles of resampled means. Where all scores are 1, or 0, no resampling differs:
+    there Clopper and Pearson's bound, the rate that would give it with a chance of 1 - level."""
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    if len(scores) and low == high and low in (0, 1):
+        bound = (1 - level) ** (1 / len(scores))
+        low, high = (bound, 1) if low else (0, 1 - bound)
+    return [float(low), float(high)]
 
 
 def bootstrap_ci(scores, level=0.95, seed=0):
     """scores (problems, repeats) -> (mean, low, high): percentile bootstrap over problems and,
     within each, repeats (the paper's intervals are over 8 to 32 repeats of a benchmark)."""
-    return float(np.mean(scores)), *interval(resample(scores, seed=seed), level)
+    return float(np.mean(scores)), *interval(resample(scores, seed=seed), level, scores)
 
 
 SAMPLINGS = {"greedy": 0.0, "T=1": 1.0}  # name: temperature
 
 
-def validate(folder, settings):
+def validate(folder, settings, window="own"):
     """Held-out accuracy of a stage's model, greedy and at T=1, kept in its folder ->
-    {"greedy", "T=1"}: scores (n, 1), mean length in tokens, truncated share, and what the task
-    measures of a response."""
-    path, task = folder / "validation.json", settings.task
+    {"greedy", "T=1"}: scores (n, 1), mean length in tokens, truncated share, entropy (nats an
+    answer: mean -log p of what was sampled), an example, and what the task measures of a response.
+
+    Greedy answers to equal prompts are equal: each prompt is then asked once. window: in place of
+    the model's own."""
+    name = "validation" + (f"-w{window or 'full'}" if window != "own" else "") + ".json"
+    path, task = Path(folder) / name, settings.task
     of = {name: getattr(settings, name) for name in (
         "data", "validate", "max_new_tokens", "instruction", "seed")}
     of |= {"weights": fingerprint(folder), "samplings": SAMPLINGS, "measures": [*task.measures]}
     try:
         found = json.loads(path.read_bytes())
         if found["of"] == of and all(np.shape(found[name]["scores"])[1:] == (1,) and
-                                     found[name]["length"] >= 0 for name in SAMPLINGS):
+                                     found[name]["entropy"] >= 0 for name in SAMPLINGS):
             return found
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass  # missing, or not what is written below
     model, tokenizer = open_model(folder, settings)
     found, problems = {"of": of}, task.validation(settings.validate, settings.seed)
     for name, temperature in SAMPLINGS.items():
-        groups = roll_out(model, tokenizer, problems, 1, 10**6 + settings.seed, temperature,
-                          settings, f"validate {name}:")
+        asked = problems if temperature else list({p["problem"]: p for p in problems}.values())
+        with under(window, model):
+            groups = roll_out(model, tokenizer, asked, 1, 10**6 + settings.seed, temperature,
+                              settings, f"validate {name}:")
         episodes = [episode for episode, in groups]
+        of_answer = {"length": lambda e: len(e.tokens), "truncated": lambda e: not e.finished,
+                     "entropy": lambda e: -sum(e.logprobs),
+                     **{m: lambda e, of_text=f: of_text(e.text) for m, f in task.measures.items()}}
         found[name] = {"scores": [[int(e.reward)] for e in episodes],
-                       "length": float(np.mean([len(e.tokens) for e in episodes])),
-                       "truncated": float(np.mean([not e.finished for e in episodes]))}
-        for measure, of_text in task.measures.items():
-            found[name][measure] = float(np.mean([of_text(e.text) for e in episodes]))
+                       "example": [asked[0]["problem"], episodes[0].text],
+                       **{m: float(np.mean([f(e) for e in episodes]))
+                          for m, f in of_answer.items()}}
     write_file(path, lambda f: f.write_text(json.dumps(found)))
     return found
 
@@ -437,9 +490,11 @@ def open_model(folder, settings):
 def run_arm(settings):
     """Stage 1 if its checkpoint is missing, then stage 2; both validated -> {"sft": ..., "rl":
     ...}."""
-    sft = stage1_folder(settings)
+    sft, teacher = stage1_folder(settings), None
     before = validate(sft, settings) if RANK == 0 else None
-    rl = train_rl(settings, sft)
+    if settings.advantage == "distill":
+        teacher = stage1_folder(settings.full())
+    rl = train_rl(settings, sft, teacher)
     return {"sft": before, "rl": validate(rl, settings) if RANK == 0 else None}
 
 
@@ -484,7 +539,9 @@ def tiny_recipe(settings):
         raise UsageError("--model tiny compares two arms in a process each: "
                          "start it without torchrun, or with --window full")
     pretrain(settings)
-    full = settings.but(window=None, window_from=None)
+    full = settings.full()
+    if settings.advantage == "distill":
+        stage1_folder(full)  # the teacher of both
     # A fresh interpreter: a fork would copy threads that run
     process = multiprocessing.get_context("spawn").Process(target=other_arm, args=(full,))
     process.start()
@@ -515,58 +572,85 @@ def other_arm(settings):
 def report(found, settings, seconds):
     """found {"SA": {"sft", "rl"}, "SWA": ...}, or one of them -> the table, the picture, and one
     line of JSON."""
-    cells, summary, lines = {}, {}, []
+    folder, rows, summary, examples = settings.folder(), [], {}, []
+    second = folder.name.split("-")[0]  # rl, or another choice of --advantage
     for arm, stages in found.items():
-        for stage, result in stages.items():
-            cell = {name: bootstrap_ci(result[name]["scores"]) for name in SAMPLINGS}
-            line = {"model": f"{arm}-{stage.upper()}"}
-            line |= {name: "{:.3f} [{:.3f}, {:.3f}]".format(*cell[name]) for name in SAMPLINGS}
-            line |= {"length": f"{result['T=1']['length']:.1f}",
-                     "truncated": f"{result['T=1']['truncated']:.3f}"}
-            line |= {m: f"{result['T=1'][m]:.2f}" for m in settings.task.measures}
-            lines.append(line)
-            cells[arm, stage] = cell["T=1"]
-            summary[f"{arm.lower()}_{stage}"] = cell["T=1"][0]
-            n = len(result["T=1"]["scores"])
-    print(f"\nheld-out accuracy, n = {n}, 95 % bootstrap intervals, window "
-          f"{settings.window or 'full'}, seed {settings.seed}\n")
-    print("\n".join(markdown(lines)))
-    folder = settings.folder()
-    logs = {arm: read_log(folder if arm == "SWA" else settings.but(window=None).folder())
-            for arm in found}
+        for stage, name in (("sft", "sft"), ("rl", second)):
+            result, row = stages[stage]["T=1"], {"model": f"{arm}-{name.upper()}"}
+            for sampling in SAMPLINGS:
+                mean, low, high = bootstrap_ci(stages[stage][sampling]["scores"])
+                row[sampling] = f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+            rows.append(row | {"length": f"{result['length']:.1f}",
+                               "truncated": f"{result['truncated']:.3f}",
+                               "entropy": f"{result['entropy']:.2f}",
+                               **{m: f"{result[m]:.2f}" for m in settings.task.measures}})
+            summary[f"{arm.lower()}_{name}"] = float(np.mean(result["scores"]))
+            problem, text = result["example"]
+            verdict = "right" if result["scores"][0][0] else "wrong"
+            examples.append(f"{row['model']:>11} {verdict}  {shortened(text)}")
+    n, n_greedy = (len(stages["sft"][sampling]["scores"]) for sampling in ("T=1", "greedy"))
+    print(f"\nheld-out accuracy, n = {n}{f' (greedy {n_greedy})' if n_greedy < n else ''}, 95 % "
+          f"intervals, window {settings.window or 'full'}, seed {settings.seed}; entropy in nats "
+          "an answer\n")
+    print("\n".join([*markdown(rows), "", f"one answer of each at T=1 to {shortened(problem)}",
+                     *examples]))
     picture = folder.parent / f"recipe-{folder.name.removeprefix('rl-')}.png"
-    draw_recipe(picture, cells, logs, settings, n)
+    draw_recipe(picture, found, settings, second)
     print(f"\nmodel: {folder}, picture: {picture}")
     print(json.dumps({**summary, "seconds": round(seconds, 1), "seed": settings.seed,
                       "window": settings.window, "n": n}))
 
 
-def draw_recipe(path, cells, logs, settings, n):
-    """Left: accuracy at T=1 after SFT and after RL with intervals; right: reward over RL steps."""
-    figure = new_figure(8, 3.2)
-    bars, curves = figure.subplots(1, 2)
+def shortened(text, most=90):
+    """A text on one line, without its middle where it is long."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most // 2]} ... {text[-most // 2:]}"
+
+
+def draw_recipe(path, found, settings, second):
+    """Accuracy at T=1 after SFT and after RL; by problem size, where problems have one; reward over
+    RL steps."""
+    sizes = settings.task.size and np.array([
+        settings.task.size(p["problem"])
+        for p in settings.task.validation(settings.validate, settings.seed)])
+    figure = new_figure(11 if sizes is not None else 8, 3.2)
+    bars, *by_size, curves = figure.subplots(1, 2 + (sizes is not None))
     labels = {"SA": "SA (full attention)", "SWA": f"SWA (window {settings.window})"}
-    for i, arm in enumerate(logs):
-        mean, low, high = np.array([cells[arm, stage] for stage in ("sft", "rl")]).T
-        at = np.arange(2) + 0.4 * i - 0.2
-        bars.bar(at, mean, 0.38, yerr=(mean - low, high - mean), capsize=3, color=COLORS[arm],
+    for i, (arm, stages) in enumerate(found.items()):
+        scores = {stage: np.array(stages[stage]["T=1"]["scores"]) for stage in stages}
+        mean, low, high = np.array([bootstrap_ci(scores[stage]) for stage in ("sft", "rl")]).T
+        at, color = np.arange(2) + 0.4 * i - 0.2, COLORS[arm]
+        bars.bar(at, mean, 0.38, yerr=(mean - low, high - mean), capsize=3, color=color,
                  label=labels[arm])
         for x, value, top in zip(at, mean, high):
             bars.text(x, top + 0.02, f"{value:.2f}", ha="center", fontsize=8)
-        if logs[arm]:
-            steps, rewards = zip(*((r["step"], r["reward"]) for r in logs[arm]))
-            curves.plot(steps, rewards, color=COLORS[arm], label=labels[arm])
-    bars.set(xticks=[0, 1], xticklabels=["after SFT", "after RL"], ylim=(0, 1.15),
-             ylabel=f"accuracy at T=1 (n={n})")
-    curves.set(xlabel="RL step", ylabel="mean reward on training prompts", ylim=(0, 1.05))
-    curves.legend(loc="lower right", fontsize=8)
-    name = settings.folder().parent.name
-    figure.suptitle(f"{name}, seed {settings.seed}, 95 % bootstrap intervals", fontsize=9)
+        for axis in by_size:
+            for stage, look in (("sft", {"ls": "--", "mfc": "white"}), ("rl", {})):
+                axis.plot(np.unique(sizes), [scores[stage][sizes == size].mean()
+                                             for size in np.unique(sizes)],
+                          color=color, marker="o", ms=4, **look)
+        log = read_log((settings if arm == "SWA" else settings.full()).folder())
+        if log:
+            steps, rewards = zip(*((r["step"], r["reward"]) for r in log))
+            curves.plot(steps, rewards, color=color)
+    n = len(scores["rl"])
+    bars.set(xticks=[0, 1], xticklabels=["after SFT", f"after {second.upper()}"], ylim=(0, 1.35),
+             ylabel=f"accuracy at T=1 (n={n})", yticks=np.arange(0, 1.1, 0.2))
+    bars.legend(loc="upper left", fontsize=8, frameon=False)
+    for axis in by_size:
+        axis.set(xlabel="size of the problem", ylim=(-0.03, 1.05), ylabel="accuracy at T=1")
+        axis.set_title("dashed: after SFT", fontsize=8)
+    curves.set(xlabel="step", ylabel="mean reward on training prompts", ylim=(0, 1.05))
+    figure.suptitle(f"{path.parent.name}, seed {settings.seed}, 95 % intervals", fontsize=9)
     save_figure(figure, path)
 
 
 # --------------------------------------------------------------------------------------------------
 # the command, and its settings
+
+
+def own_or_window(text):
+    return text if text == "own" else window_arg(text)
 
 
 @dataclass
@@ -590,6 +674,15 @@ class RLSettings(Settings):
     temperature: float = setting(1.0, "of sampling and of the policy that is trained; no top-k or "
                                       "top-p", least=0)
     updates: int = setting(1, "optimizer updates a rollout batch; the clip wakes above 1")
+    advantage: str = setting("grpo", "what an answer's tokens are worth: grpo, reward minus the "
+                                     "group's mean; filtered, 1 if it is right, else 0 (filtered "
+                                     "on-policy SFT); distill, log p_teacher - log p, the teacher "
+                                     "being SA-SFT (on-policy distillation)",
+                             choices=["grpo", "filtered", "distill"])
+    rollouts_by: str | None = setting(None, "train on the answers of the model in this folder: "
+                                            "off-policy, a control")
+    rollout_window: int | None | str = setting("own", "sample under this window: a control",
+                                               type=own_or_window)
     adv_std: bool = setting(False, "divide advantages by the group's standard deviation")
     min_informative: int = setting(0, "sample up to 3 times more until so many groups disagree",
                                    least=0)
@@ -610,6 +703,19 @@ class RLSettings(Settings):
         if settings.sft_data is None and Path(settings.data).is_file():
             settings.sft_data = settings.data
         return settings
+
+    def folder(self, stage=None):
+        """Of RL, or of another choice of --advantage under its name."""
+        return super().folder(stage or ("rl" if self.advantage == "grpo" else self.advantage))
+
+    def full(self):
+        """The same for the SA arm."""
+        return self.but(window=None, window_from=None)
+
+    @property
+    def other_models(self):
+        """How many models there are besides the trained one and its rollout copy."""
+        return (self.advantage == "distill") + bool(self.rollouts_by)
 
     def longest(self, prompt=1024):
         """Tokens of the longest sequence: a response and a prompt's share."""
