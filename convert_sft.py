@@ -1429,7 +1429,11 @@ class RunningSums(TinyTask):
                 self.problems(settings.eval_examples, [settings.seed, 5], True, restate))
 
     def other_solutions(self, seed):
-        return {"restate-only": self.problems(4000, [seed, 4], restate=lambda rng: 1)}
+        return {"restate-only": self.restating(1, seed)}
+
+    def restating(self, probability, seed):
+        """Solutions that all restate with one probability a step."""
+        return self.problems(4000, [seed, 4], restate=lambda rng: probability)
 
     def problems(self, n, seed, test=False, restate=None):
         """n problems of one side of the hash split; test problems are distinct.
@@ -1497,6 +1501,16 @@ class RunningSums(TinyTask):
         finally:
             model.config.window = None
         return right / asked
+
+
+class UnrestatedSums(RunningSums):
+    """A control: the base never sees a restatement, and so cannot pass the gate."""
+
+    pretraining = RunningSums.pretraining | {"rounds": 1}
+
+    def documents(self, seed):
+        problems = self.problems(12000, [seed, 1], restate=lambda rng: 0)
+        return [p["problem"] + p["solution"] for p in problems]
 
 
 class RollCall(TinyTask):
@@ -1573,7 +1587,8 @@ class RollCall(TinyTask):
         return total / n
 
 
-TASKS = {"tiny": RunningSums(), "roll-call": RollCall()}  # by the name that --data takes
+TASKS = {"tiny": RunningSums(), "roll-call": RollCall(),  # by the name that --data takes
+         "tiny-unrestated": UnrestatedSums()}
 
 
 def pretrain(settings):

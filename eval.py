@@ -557,6 +557,183 @@ def cells(results, stage):
     return row | {key: mean_of([f["T=1"] for f in found], key) for key in others}
 
 
+def by_size(args, results):
+    """One validation a seed, as rl.validate returns it -> {size of a problem: Estimate at T=1}."""
+    settings = [plan(args, seed).settings for seed in args.seeds]
+    sizes = [[s.task.size(p["problem"]) for p in s.task.validation(s.validate, s.seed)]
+             for s in settings]
+    return {size: over_seeds([np.array(result["T=1"]["scores"])[np.array(mine) == size]
+                              for mine, result in zip(sizes, results)])
+            for size in sorted({size for mine in sizes for size in mine})}
+
+
+def size_panel(args, found, title):
+    """{label: one validation a seed} -> accuracy by the size of the problem."""
+    lines = {label: by_size(args, results) for label, results in found.items()}
+    sizes, series = list(next(iter(lines.values()))), {k: [*v.values()] for k, v in lines.items()}
+    return Panel("line", title, sizes, series, "size of the problem", "accuracy, T=1")
+
+
+def validated(args, which):
+    """{label: f(seed) -> (folder, window)} -> {label: one validation a seed}."""
+    tasks = [(folder, plan(args, seed).settings, window) for f in which.values()
+             for seed in args.seeds for folder, window in [f(seed)]]
+    results = iter(run_all(rl.validate, tasks, args.workers))
+    return {label: [next(results) for _ in args.seeds] for label in which}
+
+
+def recipe(args):
+    """The recipe, from the SA base on: as it is, under the window, after SFT, after RL"""
+    run_grid(args, both_arms(args))
+    W = plan(args, 0).settings.window
+    which = {}
+    for label, window in (("SA base", "own"), (f"SA base, window {W}", W)):
+        which[label] = lambda seed, w=window: (plan(args, seed).settings.base(), w)
+    which |= {label: lambda seed, label=label: (policy(args, seed, label), "own")
+              for label in POLICIES}
+    found = validated(args, which)
+    rows = [{"model": label, **cells([{"of": r} for r in results], "of")}
+            for label, results in found.items()]
+    curves = {}
+    for arm, change in BOTH.items():
+        logs = [read_log(plan(args, seed, **change).settings.folder()) for seed in args.seeds]
+        curves[arm] = np.mean([[r["reward"] for r in log] for log in logs], 0).tolist()
+    steps = list(range(1, len(curves["SA"]) + 1))
+    shown = {label: found[label] for label in POLICIES}
+    return rows, {f"recipe-{plan(args, 0).settings.model}": [
+        size_panel(args, shown, f"window {W}, seeds {as_list(args.seeds)}"),
+        Panel("line", "RL", steps, curves, "step", "mean reward")]}
+
+
+def arms(args):
+    """From one SWA-SFT: whose trajectories are trained on, and what selects them"""
+    run_grid(args, both_arms(args))
+
+    def of_sa_rl(seed):
+        return plan(args, seed, "arms/sa-rl", policy(args, seed, "SWA-SFT"), advantage="filtered",
+                    rollouts_by=str(policy(args, seed, "SA-RL")))
+
+    def more_sft(seed):
+        """As long as GRPO took."""
+        now = plan(args, seed).settings
+        seconds = sum(r["seconds"] for r in read_log(now.folder()))
+        step = np.median([r["seconds"] for r in read_log(policy(args, seed, "SWA-SFT"))])
+        return plan(args, seed, "arms/more-sft", sft_steps=now.stage1.steps + int(seconds / step))
+
+    table = {("SWA-RL: GRPO", "its own", "outcome"): partial(plan, args),
+             ("filtered on-policy SFT", "its own", "outcome"):
+                 partial(plan, args, advantage="filtered"),
+             ("SFT on SA-RL's right answers", "another's", "outcome"): of_sa_rl,
+             ("on-policy distillation from SA-SFT", "its own", "SA teacher"):
+                 partial(plan, args, advantage="distill")}
+    found = run_grid(args, table)
+    steps = {label: [read_log(table[label](seed).settings.folder())[-1]["step"]
+                     for seed in args.seeds] for label in table}
+    longer = ("more SFT, for GRPO's time", "another's", "SA teacher")
+    found |= run_grid(args, {longer: more_sft}, run_sft)
+    steps[longer] = [more_sft(seed).settings.sft_steps for seed in args.seeds]
+    start = [{"sft": result["sft"]} for result in found["SWA-RL: GRPO", "its own", "outcome"]]
+    rows = [{"arm": "SWA-SFT, the start", "trajectories": "", "selected by": "", "steps": "",
+             **cells(start, "sft")}]
+    rows += [{"arm": name, "trajectories": whose, "selected by": by,
+              "steps": float(np.mean(steps[name, whose, by])),
+              **cells(results, "sft" if name == longer[0] else "rl")}
+             for (name, whose, by), results in found.items()]
+    cell = {(row["trajectories"], row["arm"].split()[0]): row["T=1"] for row in rows[1:]}
+    series = {"by outcome: GRPO": [cell["its own", "SWA-RL:"], None],
+              "by outcome: likelihood of the right ones": [cell["its own", "filtered"],
+                                                           cell["another's", "SFT"]],
+              "towards the SA teacher": [cell["its own", "on-policy"], cell["another's", "more"]]}
+    model = plan(args, 0).settings.model
+    return rows, {f"arms-{model}": [Panel(
+        "bar", f"{model}, seeds {as_list(args.seeds)}; dotted: the start, SWA-SFT",
+        ["its own trajectories", "another policy's"], series, "", "accuracy, T=1",
+        level=rows[0]["T=1"].mean)]}
+
+
+def dose(args):
+    """The share of steps that restate in SFT's data, and a base that never saw a restatement"""
+    if plan(args, 0).settings.model != "tiny":
+        raise UsageError("--analysis dose is about the restatements of --model tiny: give that")
+    task, table = TASKS["tiny"], {}
+    for p in (0, 0.01, 0.02, 0.05, 0.1):
+        table[f"{p:g}"] = lambda seed, p=p: plan(args, seed, f"dose/{p:g}",
+                                                 rows=task.restating(p, seed))
+    table["as shipped, 0.26"] = partial(plan, args)
+    table["as shipped, base without"] = partial(plan, args, model="tiny-unrestated")
+    found = run_grid(args, table)
+    rows = [{"restating": label, "stage": f"SWA-{stage.upper()}", **cells(found[label], stage)}
+            for label in found for stage in ("sft", "rl")]
+    panel = grouped(f"seeds {as_list(args.seeds)}", rows, "restating", "stage",
+                    xlabel="probability of restating, a step of SFT's solutions")
+    return rows, {"dose": [panel]}
+
+
+def grid(args):
+    """The window of sampling x of the update x of the evaluation"""
+    rows, panels = [], []
+    sizes = args.windows or [plan(args, 0).settings.window]
+    for W in sizes:
+        names = {None: "full", W: str(W)}
+        runs = {}
+        for update in names:
+            for sampled in names:
+                def planned(seed, sampled=sampled, update=update):
+                    if sampled == update:
+                        return plan(args, seed, window=update)
+                    start = plan(args, seed, window=update).settings.folder("sft")
+                    return plan(args, seed, f"grid/sampled-{names[sampled]}-w{W}", start,
+                                window=update, rollout_window=sampled)
+
+                runs[sampled, update] = planned
+        run_grid(args, {key: runs[key] for key in runs if key[0] == key[1]})
+        run_grid(args, runs)
+        which = {(sampled, update, at): lambda seed, f=f, at=at: (f(seed).settings.folder(), at)
+                 for (sampled, update), f in runs.items() for at in names}
+        which |= {("SFT", update, at): lambda seed, u=update, at=at: (
+                      plan(args, seed, window=u).settings.folder("sft"), at)
+                  for update in names for at in names}
+        found = validated(args, which)
+        for (sampled, update, at), results in sorted(found.items(), key=lambda x: str(x[0])):
+            row = {"window": W, "sampled under": names.get(sampled, "(SFT only)"),
+                   "updated under": names[update], "evaluated under": names[at]}
+            mine, before = ([r["T=1"]["scores"] for r in of]
+                            for of in (results, found["SFT", update, at]))
+            row["T=1"] = over_seeds(mine)
+            if sampled != "SFT":
+                row["log-odds over its SFT"] = log_odds(before, mine)
+            rows.append(row | {"length": mean_of([r["T=1"] for r in results], "length")})
+        shown = {f"sampled {names.get(s, '-')}, updated {names[u]}" if s != "SFT" else "SWA-SFT":
+                 found[s, u, W] for s, u in [("SFT", W), *runs]}
+        panels.append(size_panel(args, shown, f"evaluated under window {W}"))
+    return rows, {"grid": panels}
+
+
+def log_odds(before, after, seed=0):
+    """Two models' scores (P, R) for each training seed, on the same problems -> Estimate of the
+    difference in log-odds: other than a difference of rates, it does not shrink near the ceiling.
+    Rates are those with half a success and half a failure more, so that 0 and 1 stay finite."""
+    def odds(means, n):
+        p = (np.asarray(means) * n + 0.5) / (n + 1)
+        return np.log(p / (1 - p))
+
+    differences, observed = [], []
+    for i, (a, b) in enumerate(zip(before, after)):
+        n = np.size(a)
+        differences.append(odds(resample(b, seed=seed + i, stream=1), n)
+                           - odds(resample(a, seed=seed + i), n))
+        observed.append(float(odds(np.mean(b), n) - odds(np.mean(a), n)))
+    S, n = np.shape(differences)
+    rng = np.random.default_rng([seed, 2])
+    drawn = np.array(differences)[rng.integers(S, size=(n, S)), rng.integers(n, size=(n, S))]
+    return Estimate(float(np.mean(observed)), *interval(drawn.mean(1)), sum(map(len, before)),
+                    observed)
+
+
+def as_list(seeds):
+    return ", ".join(map(str, seeds))
+
+
 def windows(args):
     """SA and SWA after SFT and after RL, by window"""
     sizes = args.windows or [16, 20, 24, 32, None]
@@ -697,32 +874,43 @@ def locality(args):
         raise UsageError("--analysis locality: give --window a number of keys")
     sizes = sorted({W, *(args.windows or [8, 12, 16, 20, 24, 32, 48])} - {None})
     run_grid(args, both_arms(args))
-    tasks = [(policy(args, seed, label), policy(args, seed, "SA-SFT"), plan(args, seed).settings,
-              sizes, args) for label in POLICIES for seed in args.seeds]
+    tasks = [(policy(args, seed, label), reference_model(args, seed, reference),
+              plan(args, seed).settings, sizes, args)
+             for reference in args.references for label in POLICIES for seed in args.seeds]
     results = iter(run_all(trajectories_of, tasks, args.workers))
-    found = {label: [next(results) for _ in args.seeds] for label in POLICIES}
+    found = {(reference, label): [next(results) for _ in args.seeds]
+             for reference in args.references for label in POLICIES}
+    first = args.references[0]
 
-    def estimate(label, which, value):
+    def estimate(label, which, value, reference=first):
         return over_seeds([[[value(t)] for t in trajectories if t.correct or which == "all"]
-                           for trajectories in found[label]], rate=False)
+                           for trajectories in found[reference, label]], rate=False)
 
-    rows = [{"policy": label, "trajectories": which,
-             "KL a token": estimate(label, which, lambda t: t.kl[W]),
-             "log-ratio a token": estimate(label, which, lambda t: t.log_ratio[W]),
-             "KL a trajectory": estimate(label, which, lambda t: t.kl[W] * t.length)}
-            for label in POLICIES for which in ("all", "correct")]
+    rows = [{"reference": reference, "policy": label, "trajectories": which,
+             "KL a token": estimate(label, which, lambda t: t.kl[W], reference),
+             "log-ratio a token": estimate(label, which, lambda t: t.log_ratio[W], reference),
+             "KL a trajectory": estimate(label, which, lambda t: t.kl[W] * t.length, reference)}
+            for reference in args.references for label in POLICIES for which in ("all", "correct")]
     by_window = {label: [estimate(label, "correct", lambda t, w=w: t.kl[w]) for w in sizes]
                  for label in POLICIES}
-    along = {label: np.nanmean([np.nanmean([t.tenths for t in trajectories], 0)
-                                for trajectories in found[label]], 0).tolist()
+    along = {label: [estimate(label, "all", lambda t, i=i: t.tenths[i]) for i in range(10)]
              for label in POLICIES}
-    kl = "KL, nats a token"
-    return rows, {"locality": [
-        grouped(f"window {W}", rows, "policy", "trajectories", "KL a token", ylabel=kl),
+    kl, of_first = "KL, nats a token", [row for row in rows if row["reference"] == first]
+    panels = [
+        grouped(f"window {W}, reference {first}", of_first, "policy", "trajectories", "KL a token",
+                ylabel=kl),
         Panel("line", "correct ones, by window", sizes, by_window, "window, tokens", kl),
-        Panel("line", "along the response", list(range(5, 100, 10)), along, "% of the response",
-              kl)],
-        "locality-tokens": example_strips(found, W)}
+        Panel("line", f"along the response (seeds {as_list(args.seeds)})",
+              list(range(5, 100, 10)), along, "% of the response", kl)]
+    model = plan(args, 0).settings.model
+    strips = {label: found[first, label] for label in POLICIES}
+    return rows, {f"locality-{model}": panels,
+                  f"locality-{model}-tokens": example_strips(strips, W)}
+
+
+def reference_model(args, seed, name):
+    """The folder of a locality's reference: the base, or one of POLICIES."""
+    return plan(args, seed).settings.base() if name == "base" else policy(args, seed, name)
 
 
 def example_strips(found, W):
@@ -840,8 +1028,9 @@ def reach(args):
         {W - 1: "window - 1", far: f"{layers} x (window - 1)"})]}
 
 
-ANALYSES = {"locality": locality, "cross-sft": cross_sft, "windows": windows,
-            "strategies": strategies, "budgets": budgets, "reach": reach}
+ANALYSES = {"recipe": recipe, "arms": arms, "dose": dose, "grid": grid, "locality": locality,
+            "cross-sft": cross_sft, "windows": windows, "strategies": strategies,
+            "budgets": budgets, "reach": reach}
 
 
 def analyse(args):
@@ -870,6 +1059,7 @@ class Panel:
     xlabel: str = ""
     ylabel: str = ""
     marks: dict = field(default_factory=dict)  # {x: text} of vertical lines
+    level: float | None = None  # of a horizontal line
 
 
 def grouped(title, rows, group, by, what="T=1", kind="bar", xlabel="", ylabel=None):
@@ -930,6 +1120,8 @@ def draw(path, panels):
     for axis, panel in zip(axes, panels):
         {"bar": draw_bars, "line": draw_lines, "strip": draw_strip}[panel.kind](axis, panel)
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, ylim=(0, None))
+        if panel.level is not None:
+            axis.axhline(panel.level, color="black", lw=1, ls=":")
         axis.set_title(panel.title, fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
     if not strips:
@@ -1095,6 +1287,14 @@ def compare(found, names, average):
     return rows
 
 
+def references(text):
+    names = text.split(",")
+    for name in names:
+        if name not in ("base", *POLICIES):
+            raise argparse.ArgumentTypeError(f"{name!r} is not one of base, {', '.join(POLICIES)}")
+    return names
+
+
 def parser():
     p = FlagParser(description=__doc__.split("\n\n")[0], allow_abbrev=False, epilog=(
         "With --analysis, rl.py's flags (--steps, --data, ...) are understood too."))
@@ -1129,6 +1329,8 @@ def parser():
     add("--seeds", "training seeds, such as 0,1,2", [0], lambda s: [int(x) for x in s.split(",")])
     add("--windows", "the windows of a curve, such as 16,24,full",
         kind=lambda s: [window_arg(x) for x in s.split(",")])
+    add("--references", "locality: under which models, out of base and "
+        f"{', '.join(POLICIES)}", ["SA-SFT"], references)
     add("--positions", "locality: look at so many tokens of each response (default: all)", kind=int)
     add("--workers", "runs side by side", min(2, os.cpu_count()))
     # the machine

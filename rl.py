@@ -152,7 +152,7 @@ def train_rl(settings, start, teacher=None):
     device = settings.start_device()
     models = {"start": start, "teacher": teacher, "sampler": settings.rollouts_by}
     run = Run(settings, identity=settings.identity() | {
-        name: fingerprint(folder) for name, folder in models.items() if folder})
+        name: fingerprint(Path(folder)) for name, folder in models.items() if folder})
     if run.finished(settings.steps, settings.hours):
         return run.folder
     model = Transformer.from_pretrained(start, device=device, dtype=torch.float32)

@@ -512,7 +512,8 @@ def test_discarded_groups_do_not_dilute_the_gradient(monkeypatch):
 
     groups = [group(1.0, 0.0), group(1.0, 1.0), group(0.0, 0.0)]
     settings = RLSettings.of(model="tiny", group=2)
-    total = rl.count_up(groups, rl.rewards_of(groups, settings))
+    rewards = rl.rewards_of(groups, settings)
+    total = rl.count_up(groups, rewards, rl.advantages_of(rewards, settings))
     assert (total["tokens"], total["useful_tokens"], total["informative"]) == (60, 20, 1)
 
 
