@@ -600,8 +600,8 @@ def recipe(args):
         curves[arm] = np.mean([[r["reward"] for r in log] for log in logs], 0).tolist()
     steps = list(range(1, len(curves["SA"]) + 1))
     shown = {label: found[label] for label in POLICIES}
-    return rows, {f"recipe-{plan(args, 0).settings.model}": [
-        size_panel(args, shown, f"window {W}, seeds {as_list(args.seeds)}"),
+    return rows, {"recipe": [
+        size_panel(args, shown, f"window {W}"),
         Panel("line", "RL", steps, curves, "step", "mean reward")]}
 
 
@@ -644,11 +644,9 @@ def arms(args):
               "by outcome: likelihood of the right ones": [cell["its own", "filtered"],
                                                            cell["another's", "SFT"]],
               "towards the SA teacher": [cell["its own", "on-policy"], cell["another's", "more"]]}
-    model = plan(args, 0).settings.model
-    return rows, {f"arms-{model}": [Panel(
-        "bar", f"{model}, seeds {as_list(args.seeds)}; dotted: the start, SWA-SFT",
-        ["its own trajectories", "another policy's"], series, "", "accuracy, T=1",
-        level=rows[0]["T=1"].mean)]}
+    return rows, {"arms": [Panel(
+        "bar", "dotted: the start, SWA-SFT", ["its own trajectories", "another policy's"], series,
+        "", "accuracy, T=1", level=rows[0]["T=1"].mean)]}
 
 
 def dose(args):
@@ -664,7 +662,7 @@ def dose(args):
     found = run_grid(args, table)
     rows = [{"restating": label, "stage": f"SWA-{stage.upper()}", **cells(found[label], stage)}
             for label in found for stage in ("sft", "rl")]
-    panel = grouped(f"seeds {as_list(args.seeds)}", rows, "restating", "stage",
+    panel = grouped("", rows, "restating", "stage",
                     xlabel="probability of restating, a step of SFT's solutions")
     return rows, {"dose": [panel]}
 
@@ -730,10 +728,6 @@ def log_odds(before, after, seed=0):
                     observed)
 
 
-def as_list(seeds):
-    return ", ".join(map(str, seeds))
-
-
 def windows(args):
     """SA and SWA after SFT and after RL, by window"""
     sizes = args.windows or [16, 20, 24, 32, None]
@@ -796,10 +790,13 @@ def budgets(args):
             for label in found]
     panels = []
     for key, unit in (("step", "RL steps"), ("elapsed", "seconds of RL")):
-        x = np.linspace(0, max(r[key] for label in logs for r in last[label]), 41)[1:]
-        series = {label.split(",")[0]: np.mean([
-            np.interp(x, [r[key] for r in log], [r["reward"] for r in log], right=np.nan)
-            for log in logs[label]], 0).tolist() for label in list(logs)[:2]}
+        x = np.linspace(0, max(r[key] for label in logs for r in last[label]), 17)[1:]
+        series = {}
+        for label in list(logs)[:2]:
+            each = [np.interp(x, [r[key] for r in log], [r["reward"] for r in log], right=np.nan)
+                    for log in logs[label]]  # (seeds, 16)
+            series[label.split(",")[0]] = [over_seeds([[[v]] for v in at if v == v], rate=False)
+                                           for at in zip(*each)]
         panels.append(Panel("line", f"by {unit}", x.tolist(), series, unit,
                             "mean reward of a step"))
     return rows, {"budgets": panels}
@@ -900,12 +897,10 @@ def locality(args):
         grouped(f"window {W}, reference {first}", of_first, "policy", "trajectories", "KL a token",
                 ylabel=kl),
         Panel("line", "correct ones, by window", sizes, by_window, "window, tokens", kl),
-        Panel("line", f"along the response (seeds {as_list(args.seeds)})",
-              list(range(5, 100, 10)), along, "% of the response", kl)]
-    model = plan(args, 0).settings.model
+        Panel("line", "along the response", list(range(5, 100, 10)), along, "% of the response",
+              kl)]
     strips = {label: found[first, label] for label in POLICIES}
-    return rows, {f"locality-{model}": panels,
-                  f"locality-{model}-tokens": example_strips(strips, W)}
+    return rows, {"locality": panels, "locality-tokens": example_strips(strips, W)}
 
 
 def reference_model(args, seed, name):
@@ -1039,9 +1034,11 @@ def analyse(args):
     if planned[0].tiny and args.analysis != "reach":
         run_all(pretrain, [(settings,) for settings in planned], args.workers)
     rows, pictures = ANALYSES[args.analysis](args)
-    title = f"{ANALYSES[args.analysis].__doc__}. Seeds {', '.join(map(str, args.seeds))}."
-    folder = plan(args, 0).settings.folder().parent / "analysis"
-    write_report(folder, args.analysis, title, rows, pictures, args)
+    seeds = f"seed{'s' * (len(args.seeds) > 1)} {', '.join(map(str, args.seeds))}"
+    title = f"{ANALYSES[args.analysis].__doc__}; {seeds}."
+    home = plan(args, 0).settings.folder().parent
+    write_report(home / "analysis", args.analysis, title, rows, pictures, args,
+                 f"{home.name}, {seeds}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1070,8 +1067,9 @@ def grouped(title, rows, group, by, what="T=1", kind="bar", xlabel="", ylabel=No
     return Panel(kind, title, x, series, xlabel, ylabel or f"accuracy, {what}")
 
 
-def write_report(folder, name, title, rows, pictures, args):
-    """Rows (dicts) and pictures {file: panels} -> Markdown, JSON and PNG; prints the table."""
+def write_report(folder, name, title, rows, pictures, args, seeds=""):
+    """Rows (dicts) and pictures {file: panels} -> Markdown, JSON and PNG; prints the table.
+    seeds: what a picture's caption says of them."""
     command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
     caption = (f"{title} {count(value for row in rows for value in row.values())}: bootstrap over "
                f"seeds, problems and repeats. `{command}`").lstrip()
@@ -1083,7 +1081,7 @@ def write_report(folder, name, title, rows, pictures, args):
     text = json.dumps(record, indent=1, default=asdict)
     write_file(folder / f"{name}.json", lambda f: f.write_text(text))
     for file, panels in pictures.items():
-        draw(folder / f"{file}.png", panels)
+        draw(folder / f"{file}.png", panels, seeds)
     print(f"\n{table}\n{folder / name}.md, .json and {', '.join(f'{p}.png' for p in pictures)}")
 
 
@@ -1108,7 +1106,7 @@ def count(values):
 OTHERS = ["#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#F0E442", "#000000"]
 
 
-def draw(path, panels):
+def draw(path, panels, seeds=""):
     """Bars or lines side by side, or strips of tokens one above another; 800 points wide."""
     strips = panels[0].kind == "strip"
     if strips:
@@ -1127,7 +1125,8 @@ def draw(path, panels):
     if not strips:
         draw_legend(figure, axes, panels)
     values = [value for panel in panels for line in panel.series.values() for value in line]
-    figure.supxlabel(count(values), x=0.99, ha="right", fontsize=7, color="gray")
+    caption = ", ".join(filter(None, [seeds, count(values)]))
+    figure.supxlabel(caption, x=0.99, ha="right", fontsize=7, color="gray")
     save_figure(figure, path, dpi=200)
 
 
