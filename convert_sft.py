@@ -633,6 +633,11 @@ def pack(rows, micro_tokens, device="cpu"):
     Each is a dict of (1, T) tensors (tokens, targets, other columns in float32) and cu_seqlens
     (N+1,).
     """
+    return [join(group, device) for group in share_out(rows, micro_tokens)]
+
+
+def share_out(rows, micro_tokens):
+    """Rows -> the rows of each micro-batch."""
     groups, room = [], 0
     for row in sorted(rows, key=lambda row: -len(row["tokens"])):
         length = len(row["tokens"])
@@ -641,7 +646,7 @@ def pack(rows, micro_tokens, device="cpu"):
             room = micro_tokens
         groups[-1].append(row)
         room -= length
-    return [join(group, device) for group in groups]
+    return groups
 
 
 def join(rows, device):
@@ -753,10 +758,13 @@ class Trainer:
     @torch.no_grad()
     def add_logprobs(self, rows, name, temperature=1.0, model=None):
         """Adds a model's (this one's) log-probabilities of the targets to the rows, as a column."""
-        singles = [join([row], self.device) for row in rows]
-        for i, (_, logprobs) in enumerate(self.forwards(singles, temperature, model)):
-            if i < len(rows):  # the others are idle
-                rows[i][name] = logprobs[0].tolist()
+        groups = share_out(rows, self.micro_tokens)
+        micros = [join(group, self.device) for group in groups]
+        for i, (_, logprobs) in enumerate(self.forwards(micros, temperature, model)):
+            values, first = logprobs[0].tolist(), 0
+            for row in groups[i] if i < len(groups) else ():  # the others are idle
+                row[name] = values[first:first + len(row["tokens"])]
+                first += len(row["tokens"])
 
     def weights(self, copied=False):
         """Full, unsharded, on request a GPU's as copies in host memory; a collective under FSDP, in

@@ -602,7 +602,7 @@ def recipe(args):
     shown = {label: found[label] for label in POLICIES}
     return rows, {"recipe": [
         size_panel(args, shown, f"window {W}"),
-        Panel("line", "RL", steps, curves, "step", "mean reward")]}
+        Panel("line", "", steps, curves, "step of RL", "mean reward")]}
 
 
 def arms(args):
@@ -1111,10 +1111,10 @@ def draw(path, panels, seeds=""):
     strips = panels[0].kind == "strip"
     if strips:
         figure = new_figure(8, 1.7 * len(panels), layout="constrained")
-        axes = figure.subplots(len(panels), 1, squeeze=False, sharey=True).flat
+        axes = [*figure.subplots(len(panels), 1, squeeze=False, sharey=True).flat]
     else:
         figure = new_figure(8, 3.6, layout="constrained")
-        axes = figure.subplots(1, len(panels), squeeze=False).flat
+        axes = [*figure.subplots(1, len(panels), squeeze=False).flat]
     for axis, panel in zip(axes, panels):
         {"bar": draw_bars, "line": draw_lines, "strip": draw_strip}[panel.kind](axis, panel)
         axis.set(xlabel=panel.xlabel, ylabel=panel.ylabel, ylim=(0, None))
