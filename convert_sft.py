@@ -341,9 +341,14 @@ def sft_rows(settings, tokenizer, problems):
 
 def without_opening(response, opening):
     """The response less what it begins with and the prompt ends with, such as a template's <think>:
-    else a second one would be trained."""
-    said = next(n for n in range(len(opening), -1, -1) if opening.endswith(response[:n]))
-    return response[said:]
+    else a second one would be trained. Whatever the white space: `<think>Okay` begins with a
+    template's `<think>` and newline, too."""
+    said, text = opening.rstrip(), response.lstrip()
+    for start in re.finditer(r"\b\w|\W", said):  # an overlap begins with a word, not within one
+        if text.startswith(said[start.start():]):
+            response = text[len(said) - start.start():]
+            break
+    return response if opening == said else response.lstrip()
 
 
 @torch.no_grad()

@@ -82,6 +82,7 @@ from rl import (  # noqa: F401
     grade_batch,
     interval,
     is_correct,
+    leave_out_long,
     open_model,
     own_or_window,
     resample,
@@ -432,6 +433,7 @@ class Trajectory:
 
 def trajectories_of(folder, reference, settings, windows, args):
     """One policy's answers to validation problems, measured -> list[Trajectory]."""
+    leave_out_long(folder, settings)
     problems = settings.task.validation(args.limit or 256, settings.seed)
     episodes = answers(folder, problems, settings)
     device = settings.start_device()
@@ -530,6 +532,7 @@ def run_all(job, tasks, workers):
 
 def run_sft(settings):
     """Stage 1 alone, validated."""
+    leave_out_long(settings.base(), settings)
     return {"sft": validate(convert(settings.stage1), settings)}
 
 
@@ -816,6 +819,7 @@ def length_matched(a, b, bins=10):
 def solved_by_both(args, seed):
     """Correct answers of SA-RL and SWA-RL to training problems -> {(pairing, teacher): rows}."""
     settings, by_teacher = plan(args, seed).settings, {}
+    leave_out_long(policy(args, seed, "SA-RL"), settings)
     problems = settings.task.some(args.limit or 1200, seed)
     for teacher in BOTH:
         episodes = answers(policy(args, seed, f"{teacher}-RL"), problems, settings)

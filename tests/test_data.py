@@ -5,11 +5,13 @@ import re
 import signal
 import time
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import convert_sft
+import eval as evaluation
 import rl
 from convert_sft import TASKS, SFTSettings, load_problems, on_test_side, sft_rows
 from model import Tokenizer, UsageError
@@ -78,6 +80,22 @@ def test_what_the_template_has_said_is_not_said_again(tokenizer_folder, end):
     assert row_of(tokenizer, "1+1?", SOLUTION) == ["1+1?" + end, ENDS[end] + eos]
     # what the problem ends in is its own: the response may begin with it
     assert row_of(tokenizer, "1+1? <think>", SOLUTION)[1] == ENDS[end] + eos
+
+
+SPACES = {  # a template's end, a solution -> what is left to say
+    ("<think>\n", "<think>Okay"): "Okay",
+    ("<think>\n", "\n <think>\n\nOkay"): "Okay",
+    ("<think>", "<think> Okay"): " Okay",
+    ("<think>\n\n", "<think>"): "",
+    ("assistant\n", "to be"): "to be",  # no overlap begins within a word
+    ("assistant\n", "\nOkay"): "Okay",
+    ("", " Okay"): " Okay",
+}
+
+
+@pytest.mark.parametrize("case", SPACES)
+def test_white_space_hides_no_second_think(case):
+    assert convert_sft.without_opening(*reversed(case)) == SPACES[case]
 
 
 def test_deepseek_thinks_once(tokenizer_folder):
@@ -256,6 +274,35 @@ def test_long_prompts_are_left_out_at_the_start(start, capsys, monkeypatch):
     assert len(seen) > 40 and max(map(len, seen)) < 30
     with pytest.raises(UsageError, match="none of 100 .* 12 tokens: lower --max-new-tokens"):
         start([row | {"problem": row["problem"] * 9} for row in rows], max_new_tokens=500)
+
+
+def test_the_analyses_leave_out_long_prompts_as_well(start, tmp_path, monkeypatch):
+    """After stage 1 alone, of a policy's trajectories and of what both policies solve."""
+    rows, asked = examples(100), []
+    for row in rows[::3]:
+        row["problem"] = row["problem"][:-1] * 60 + "?"
+    data = write(tmp_path / "x.jsonl", rows)
+
+    def settings():
+        return RLSettings.of(model="tiny", out=str(tmp_path), device="cpu", data=data,
+                             sft_data="tiny", sft_steps=0, max_new_tokens=300, validate=100)
+
+    def ask(model, tokenizer, problems, *_):
+        asked.append([p["problem"] for p in problems])
+        raise InterruptedError
+
+    for module in (rl, evaluation):
+        monkeypatch.setattr(module, "roll_out", ask)
+    folder = settings().folder("sft")
+    monkeypatch.setattr(evaluation, "plan", lambda *_: evaluation.Planned(settings()))
+    monkeypatch.setattr(evaluation, "policy", lambda *_: folder)
+    args = SimpleNamespace(limit=None)
+    for analysis in (lambda: evaluation.run_sft(settings()),
+                     lambda: evaluation.trajectories_of(folder, folder, settings(), [24], args),
+                     lambda: evaluation.solved_by_both(args, 0)):
+        with pytest.raises(InterruptedError):
+            analysis()
+    assert len(asked) == 3 and all(0 < max(map(len, problems)) < 30 for problems in asked)
 
 
 def test_long_examples_are_left_out_at_the_start(tmp_path, start, capsys, monkeypatch):
