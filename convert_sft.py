@@ -145,9 +145,10 @@ class Settings:
     out: str = setting("out", "where <model>/<stage>-w<window>/ goes", free=True)
     device: str = setting("auto", "where to run", free=True, choices=["auto", "cpu", "cuda"])
     wandb: str | None = setting(None, "also log to this project of Weights & Biases", free=True)
-    plan: bool = setting(False, "print the memory that the run will take, and stop", free=True)
-    memory: float | None = setting(None, "GB of the GPU that --plan is about: by default the one "
-                                         "that it sees", free=True)
+    plan: bool = setting(False, "print the memory that the run will take, and stop: a GPU's, or a "
+                                "CPU's without one; --device tells which", free=True)
+    memory: float | None = setting(None, "GB that --plan is about: by default those of the GPU "
+                                         "that it sees, or else of this machine", free=True)
 
     other_models = 0  # on the device, beside the trained one and its rollout copy
     given = frozenset()  # the names of those that were given, not defaults
@@ -209,6 +210,11 @@ class Settings:
         """The folder of the SA model that stage 1 begins with; a tiny task's is made if missing."""
         return pretrain(self) if self.tiny else resolve(self.model, MODEL_FILES)
 
+    def micro_batch(self):
+        """Tokens of the largest micro-batch that can come."""
+        longest = self.longest()
+        return max(longest, min(self.micro_tokens, self.sequences() * longest))
+
     def start_device(self):
         if self.tiny:
             torch.set_num_threads(1)  # tiny matrices gain nothing from more
@@ -233,14 +239,24 @@ class SFTSettings(Settings):
     eval_every: int = setting(50, "steps between held-out losses")
     eval_examples: int = setting(200, "examples for the held-out loss")
 
+    def longest(self):
+        return self.max_length
+
+    def sequences(self):
+        """Of a step."""
+        return self.batch
+
+    def most_slots(self):
+        return 0  # no rollouts
+
 
 # --------------------------------------------------------------------------------------------------
 # the conversion
 
 
-def convert(settings):
+def convert(settings, then=None):
     """Stage 1: base -> SWA by SFT (SA, with the window None); returns the run's folder, made now or
-    before."""
+    before. then(trainer, pace) tries out on a GPU what will follow and says how long it takes."""
     if settings.tiny:
         settings.task.sft(settings)  # a fault in the data is told before a base is trained
     device, base = settings.start_device(), settings.base()
@@ -259,12 +275,14 @@ def convert(settings):
 
     model.config = replace(model.config, window=settings.window, nope_full=settings.nope_full,
                            full_layers=settings.full_layers if settings.window else ())
-    longest = max(settings.micro_tokens, settings.max_length)
-    preflight(settings, device, longest)
+    preflight(settings, device)
     trainer = settings.trainer(model, device)
     run.start(trainer)
     if device.type == "cuda" and run.step == 0:
-        shakedown(run, trainer, longest)
+        some = sft_rows(settings, tokenizer, shuffled_slice(train, 0, 200, [settings.seed, 6]))
+        tokens = settings.batch * sum(len(row["tokens"]) for row in some) / len(some)
+        shakedown(run, trainer, settings.micro_batch(), lambda trainer, pace: (
+            f"stage 1 takes about {duration(settings.steps * tokens * pace)}"), then)
     student = math.nan
     if held_out and run.step == 0:
         student = held_out_loss(model, held_out, settings, device)
@@ -1117,11 +1135,11 @@ def prune(folder, keep=0):
         shutil.rmtree(old)
 
 
-def host_memory():
-    """Free bytes; 0 where the system does not tell."""
-    if sys.platform != "linux":
+def host_memory(pages="SC_AVPHYS_PAGES"):
+    """Bytes, by default the free ones; 0 where the system does not tell."""
+    if pages not in getattr(os, "sysconf_names", ()):
         return 0
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf(pages)
 
 
 def duration(seconds):
@@ -1270,6 +1288,34 @@ def memory_plan(config, tokens, slots=0, length=0, keep_blocks=0, offload=False,
     return plan
 
 
+def cpu_plan(config, tokens, slots=0, length=0, others=0):
+    """Likewise of a run on a CPU: all is float32, no block is recomputed, and the trained model
+    itself rolls out."""
+    C, L, D = config.hidden_size, config.num_hidden_layers, config.head_dim
+    H, Hkv, P = config.num_attention_heads, config.num_key_value_heads, parameters(config)
+    width = 4 * config.intermediate_size + 6 * C + 3 * (H + 2 * Hkv) * D  # floats a token
+    plan = [
+        ("always", "Python and its libraries", 4 * 10**8),
+        ("always", "weights, float32", 4 * P),
+        ("always", "AdamW, two moments, float32", 8 * P),
+        ("update", "gradients, float32", 4 * P),
+        ("update", "activations of all blocks, float32", 4 * tokens * width * L)]
+    if others:
+        plan.append(("always", f"{others} other models, float32", others * 4 * P))
+    if config.window and config.window < tokens:  # see _attention_torch of swa_kernel.py
+        block = min(max(config.window, 32), 128)
+        seen = (config.window / block + 1) * (2 * Hkv * D + block) * (L - len(config.full_layers))
+        plan.append(("update", "keys and values, copied for blocks of queries",
+                     int(4 * tokens * seen)))
+    plan.append(("update", "a chunk of logits and its gradients",
+                 3 * 4 * min(LOGITS_PER_CHUNK, tokens * config.vocab_size)))
+    if slots:
+        cache = slots * Cache.bytes_per_slot(config, length, torch.float32)
+        plan += [("rollout", "matrices once more, in the processor's layout", 4 * P),
+                 ("rollout", f"ring cache of {slots} sequences", cache)]
+    return plan
+
+
 def parameters(config):
     with torch.device("meta"):
         return sum(p.numel() for p in Transformer(config).parameters())
@@ -1291,40 +1337,46 @@ def config_of(model):
     return read_config(resolve(model, ["config.json"]))
 
 
-def plan_of(settings, tokens, slots=0, length=0):
-    """The plan of one GPU, before anything is allocated; needs config.json only."""
+def plan_of(settings, cpu=False):
+    """The plan of one GPU or a CPU, before anything is allocated; needs config.json only."""
     config = replace(config_of(settings.model), window=settings.window,
                      full_layers=settings.full_layers)
-    return memory_plan(config, max(tokens, settings.micro_tokens), slots, length,
-                       settings.keep_blocks, settings.offload, settings.other_models)
+    sizes = settings.micro_batch(), settings.most_slots(), settings.longest()
+    if cpu:
+        return cpu_plan(config, *sizes, settings.other_models)
+    return memory_plan(config, *sizes, settings.keep_blocks, settings.offload,
+                       settings.other_models)
 
 
-def print_plan(settings, tokens, slots=0, length=0):
+def print_plan(settings):
     """The plan, part by part; of several models (a,b), SA beside SWA, a line each."""
-    models, gpu = settings.model.split(","), settings.memory
-    tokens = max(tokens, settings.micro_tokens)
-    if gpu is None and torch.cuda.is_available():
-        gpu = torch.cuda.mem_get_info()[1] / 1e9
-    rows = []
+    models, gpu = settings.model.split(","), torch.cuda.is_available()
+    cpu = settings.device == "cpu" or settings.device == "auto" and not (gpu or settings.memory)
+    total = settings.memory or (cpu or gpu) and memory_of("cpu" if cpu else "cuda") / 1e9
+    rows, rollouts = [], ""
+    if slots := settings.most_slots():
+        rollouts = f", {slots} sequences of {settings.longest():,} in rollouts"
+    print(f"on a {'CPU' if cpu else 'GPU'}, window {settings.window or 'full'}, micro-batches of "
+          f"{settings.micro_batch():,} tokens{rollouts}; computed\n")
     for model in models:
         for window in (None, settings.window) if len(models) > 1 else (settings.window,):
-            plan = plan_of(settings.but(model=model, window=window), tokens, slots, length)
-            peak = peak_bytes(plan) / 1e9
+            plan = plan_of(settings.but(model=model, window=window), cpu)
+            peak, disk = peak_bytes(plan) / 1e9, f"{disk_bytes(model) / 1e9:.1f}"
+            answer = "yes" if peak <= 0.95 * total else "no"
+            fits = {f"fits {total:.0f} GB": answer} if total else {}
             if len(models) == 1:
-                rows += [{"when": phase, "what": part, "GB": f"{size / 1e9:.2f}"}
-                         for phase, part, size in plan]
-                rows.append({"when": "", "what": "peak: always + the larger phase",
-                             "GB": f"{peak:.2f}"})
+                rows = [{"when": phase, "what": part, "GB": f"{size / 1e9:.2f}"}
+                        for phase, part, size in plan]
+                rows += [{"what": "peak: always + the larger phase", "GB": f"{peak:.2f}"},
+                         {"what": "disk, at most", "GB": disk}]
+                rows += [{"what": name, "GB": answer} for name in fits]
             else:
-                rows.append({"model": model, "window": window or "full", **{
-                    phase: f"{size / 1e9:.1f}" for phase, size in phases(plan).items()},
-                    "peak, GB": f"{peak:.1f}"})
-    print(f"{settings.model}, window {settings.window or 'full'}, micro-batches of {tokens:,} "
-          f"tokens, {slots} sequences of {length:,} in rollouts; computed\n")
-    print("\n".join(markdown(rows, str)))
-    if gpu and len(models) == 1:
-        print(f"\na GPU of {gpu:.0f} GB: {'yes' if peak <= 0.95 * gpu else 'no; ' + SMALLER}")
-        print(f"disk: up to {disk_bytes(settings.model) / 1e9:.1f} GB")
+                parts = {phase: f"{size / 1e9:.1f}" for phase, size in phases(plan).items()}
+                rows.append({"model": model, "window": window or "full", **parts,
+                             "peak, GB": f"{peak:.1f}", **fits, "disk, GB": disk})
+    print("\n".join(markdown(rows)))
+    if len(models) == 1 and fits and answer == "no":
+        print(f"\n{SMALLER}")
 
 
 def disk_bytes(model):
@@ -1333,47 +1385,68 @@ def disk_bytes(model):
     return (2 * 12 + 2 * 4) * parameters(config_of(model))
 
 
-SMALLER = "give --offload, or lower --micro-tokens (training) or --slots (rollouts)"
+SMALLER = "on a GPU give --offload, or lower --micro-tokens (training) or --slots (rollouts)"
 
 
-def preflight(settings, device, tokens, slots=0, length=0):
+def memory_of(kind):
+    """Bytes of the GPU, or of the host; 0 where the system does not tell."""
+    if kind == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    return host_memory("SC_PHYS_PAGES")
+
+
+def preflight(settings, device):
     """Refuses what the disk or the GPU cannot hold; says in a line what a run will take."""
     needed, place = disk_bytes(settings.model), Path(settings.out)
     while not place.exists():
         place = place.parent
-    free, line = shutil.disk_usage(place).free, ""
+    free = shutil.disk_usage(place).free
     if free < needed:
         raise UsageError(f"{place} has {free / 1e9:.1f} GB free, and the run needs up to "
                          f"{needed / 1e9:.1f}: free some space or choose another --out")
-    if device.type == "cuda":
-        peak = peak_bytes(plan_of(settings, tokens, slots, length))
-        total = torch.cuda.mem_get_info(device)[1]
-        line = f", GPU memory about {peak / 1e9:.0f} of {total / 1e9:.0f} GB"
-        if peak > total:
-            raise UsageError(f"the run takes about {peak / 1e9:.0f} GB of GPU memory, and there are"
-                             f" {total / 1e9:.0f} (see --plan): {SMALLER}")
+    peak = peak_bytes(plan_of(settings, device.type == "cpu")) / 1e9
+    total = memory_of(device.type) / 1e9
+    if device.type == "cuda" and peak > total:  # a host may swap
+        raise UsageError(f"the run takes about {peak:.0f} GB of GPU memory, and there are "
+                         f"{total:.0f} (see --plan): {SMALLER}")
     if RANK == 0:
+        there = f" of {total:.0f}" if total else ""
         print(f"{settings.folder()}: {settings.steps} steps, disk up to {needed / 1e9:.1f} of "
-              f"{free / 1e9:.0f} GB{line}", flush=True)
+              f"{free / 1e9:.0f} GB, memory up to {peak:.1f}{there} GB", flush=True)
 
 
-def shakedown(run, trainer, tokens, roll_out=None):
-    """The largest that will come, once, before the first step: a micro-batch of so many tokens, an
-    optimizer's step on zero gradients, all sequences of a rollout (roll_out), a save and a load.
-    It leaves the run as it was."""
+def shakedown(run, trainer, tokens, *stages):
+    """The largest that will come, before the first step: micro-batches of so many tokens with
+    optimizer's steps on zero gradients, what stages try out, a save and a load. It leaves the run
+    as it was. stages: f(trainer, seconds a token of training) -> how long a stage takes, or None.
+    """
     began = time.time()
     row = make_row([0], [0] * tokens, advantage=[0.0] * tokens, mask=[1.0] * tokens,
                    rollout_logprobs=[0.0] * tokens)
-    trainer.update([row], lambda logprobs, micro: 0.0 * logprobs.sum(), lr=0.0)
-    if roll_out:
-        roll_out()
+
+    def update(n):
+        trainer.update([row] * n, lambda logprobs, micro: 0.0 * logprobs.sum(), lr=0.0)
+
+    pace = seconds_each(update, 1, 3) / tokens / WORLD
+    times = [stage(trainer, pace) for stage in stages if stage]
     run.save()
     run.wait()
     run.resume()
     trainer.reset_optimizer()  # its first step is still to come
     if RANK == 0:
         print(f"shakedown: {tokens:,} tokens, a rollout's slots, a save and a load passed in "
-              f"{duration(time.time() - began)}", flush=True)
+              f"{duration(time.time() - began)}; by its times {', '.join(times)}", flush=True)
+
+
+def seconds_each(work, few, more):
+    """Of one piece of work(n pieces), without what comes once: the first call compiles, and the
+    difference of two others leaves the rest out."""
+    seconds = []
+    for n in (few, few, more):
+        began = time.time()
+        work(n)
+        seconds.append(time.time() - began)
+    return max(0.0, seconds[2] - seconds[1]) / (more - few)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1719,7 +1792,7 @@ def parser():
 def main():
     settings = SFTSettings.of(**vars(parser().parse_args()))
     if settings.plan:
-        return print_plan(settings, settings.max_length)
+        return print_plan(settings)
     print_settings(settings)
     print(f"done: {convert(settings)}")
 

@@ -54,6 +54,7 @@ from convert_sft import (
     as_prompt,
     config_of,
     convert,
+    duration,
     flags,
     make_row,
     markdown,
@@ -66,6 +67,7 @@ from convert_sft import (
     read_log,
     save_figure,
     schedule,
+    seconds_each,
     setting,
     shakedown,
     that_fit,
@@ -171,8 +173,7 @@ def train_rl(settings, start, teacher=None):
     if RANK == 0:
         prune(start)  # stage 1 is done: its optimizer's state, most of its size, may go
     if device.type == "cuda" and run.step == 0:
-        shakedown(run, trainer, max(settings.micro_tokens, settings.longest()),
-                  partial(fill_slots, policy, settings))
+        shakedown(run, trainer, settings.micro_batch(), partial(expected_time, settings, policy))
     for step in run.steps(settings.steps, settings.hours):
         began = time.time()
         refresh(policy, trainer.model)
@@ -379,12 +380,21 @@ def rollout_copy(trainer):
         return Transformer(trainer.model.config).to(dtype)
 
 
-def fill_slots(sampler, settings):
-    """A rollout of the largest cache, one token long."""
-    prompts = [[0] * (settings.longest() - settings.max_new_tokens)] * (
-        settings.prompts * settings.group)
-    generate(sampler, prompts, settings.max_new_tokens, slots=settings.slots,
-             stop_ids=range(sampler.config.vocab_size))
+def expected_time(settings, sampler, trainer, pace):
+    """What RL will take at most, in words; sampler None: a copy of the trainer's, for now."""
+    token = seconds_each(partial(fill_slots, sampler or rollout_copy(trainer), settings), 8, 72)
+    update = settings.sequences() * settings.longest() * settings.updates * pace
+    attempts, new = 4 if settings.min_informative else 1, settings.max_new_tokens
+    most = settings.steps * attempts * (new * token + update)
+    most = min(most, 3600 * settings.hours or math.inf)
+    return f"RL at most about {duration(most)} (were all answers of {new:,} tokens)"
+
+
+def fill_slots(sampler, settings, new):
+    """The last tokens of a rollout in which all sequences are as long as they may be."""
+    length = min(settings.longest(), sampler.config.max_position_embeddings)
+    prompts = [[0] * (length - new)] * (-(-settings.prompts // WORLD) * settings.group)
+    generate(sampler, prompts, new, slots=settings.slots)
 
 
 @contextmanager
@@ -504,9 +514,9 @@ def stage1_folder(settings):
     device, folder = settings.start_device(), settings.folder("sft")
     made = (folder / "config.json").exists()
     leave_out_long(folder if made else settings.base(), settings)
-    preflight(settings, device, settings.longest(), settings.most_slots(), settings.longest())
+    preflight(settings, device)
     if not made:
-        return convert(settings.stage1)
+        return convert(settings.stage1, partial(expected_time, settings, None))
     if (folder / "run.json").exists():  # else the model was put there by hand
         made_with, asked = read_json(folder / "run.json").get("identity", {}), settings.stage1
         identity = asked.identity() | {"base": fingerprint(asked.base())}
@@ -721,8 +731,12 @@ class RLSettings(Settings):
         """Tokens of the longest sequence: a response and a prompt's share."""
         return self.max_new_tokens + prompt
 
+    def sequences(self):
+        """Of a step."""
+        return self.prompts * self.group
+
     def most_slots(self):
-        return self.slots or self.prompts * self.group
+        return self.slots or self.sequences()
 
     def check(self):
         super().check()
@@ -759,7 +773,7 @@ def parser():
 def main():
     settings = RLSettings.of(**vars(parser().parse_args()))
     if settings.plan:
-        return print_plan(settings, settings.longest(), settings.most_slots(), settings.longest())
+        return print_plan(settings)
     print_settings(settings)
     if settings.tiny:
         settings.task.validation(1, settings.seed)  # a fault in the data is told before all else

@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -329,21 +330,22 @@ def test_flags_that_make_no_sense_end_at_once(tmp_path, flags):
 
 def test_preflight(tmp_path, monkeypatch, capsys):
     settings = RLSettings.of(model="tiny", out=str(tmp_path / "not" / "yet"))
-    preflight(settings, CPU, 100)
-    assert re.search("40 steps, disk up to 0.0 of", capsys.readouterr().out)
+    preflight(settings, CPU)
+    assert re.search(r"40 steps, disk up to 0.0 of \d+ GB, memory up to 0\.[4-9] of [1-9]",
+                     capsys.readouterr().out)
     assert not (tmp_path / "not").exists()
     gpu = SimpleNamespace(type="cuda")
     for total, fine in ((80e9, True), (1e6, False)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None, t=total: (t, t))
         if fine:
-            preflight(settings, gpu, 100, 8, 100)
+            preflight(settings, gpu)
             assert "of 80 GB" in capsys.readouterr().out
         else:
             with pytest.raises(UsageError, match="GPU memory.*--offload"):
-                preflight(settings, gpu, 100, 8, 100)
+                preflight(settings, gpu)
     monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=10**5))
     with pytest.raises(UsageError, match="free some space"):
-        preflight(settings, CPU, 100)
+        preflight(settings, CPU)
 
 
 def test_the_shakedown_leaves_the_run_as_it_was(finished, after_sft, monkeypatch, capsys):
@@ -352,23 +354,71 @@ def test_the_shakedown_leaves_the_run_as_it_was(finished, after_sft, monkeypatch
     def start(self, trainer):
         begin(self, trainer)
         if self.identity["stage"] == "rl":
-            shakedown(self, trainer, 300, lambda: seen.append(trainer))
+            shakedown(self, trainer, 300, lambda *told: seen.append(told) or "very long")
 
     monkeypatch.setattr(Run, "start", start)
     folder = run("rl", after_sft, RL.format(4))
-    assert len(seen) == 1 and "shakedown: 300 tokens" in capsys.readouterr().out
+    [(_, pace)] = seen
+    assert 0 < pace < 0.01
+    assert re.search("shakedown: 300 tokens.*by its times very long\n", capsys.readouterr().out)
     same_run(finished / "tiny" / "rl-w24", folder, "")
 
 
 def test_filled_slots_are_those_of_a_rollout(monkeypatch):
-    """The largest cache that a rollout can ask for, and it ends after a token."""
+    """The largest cache that a rollout can ask for, and what the positions leave of it."""
     sizes, init = [], Cache.__init__
     monkeypatch.setattr(Cache, "__init__", lambda self, config, slots, length, *rest: (
         sizes.append((slots, length)), init(self, config, slots, length, *rest))[1])
     settings = RLSettings.of(model="tiny", prompts=2, group=3, slots=5, max_new_tokens=40)
+    rl.fill_slots(convert_sft.untrained(TINY), settings, 3)
     monkeypatch.setattr(RLSettings, "longest", lambda self: self.max_new_tokens + 20)
-    rl.fill_slots(convert_sft.untrained(TINY), settings)
-    assert sizes == [(5, 60)]
+    rl.fill_slots(convert_sft.untrained(TINY), settings, 3)
+    assert sizes == [(5, 512), (5, 60)]
+
+
+def test_one_piece_of_work_is_timed_without_what_comes_once(monkeypatch):
+    clock, compiled = [0.0], []
+
+    def work(n):
+        clock[0] += 7 + 0.5 * n + (0 if compiled else 60)
+        compiled.append(n)
+
+    monkeypatch.setattr(convert_sft.time, "time", lambda: clock[0])
+    assert convert_sft.seconds_each(work, 8, 72) == 0.5
+
+
+class Rehearsed(str):
+    """A CPU that says it is a GPU."""
+
+    type = "cuda"
+
+    def __enter__(self):
+        pass
+
+    def __exit__(self, *error):
+        pass
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_a_gpu_says_the_hours_of_both_stages_before_the_first_step(after_sft, monkeypatch, capsys):
+    monkeypatch.setattr(convert_sft, "pick_device", lambda *_, **__: Rehearsed("cpu"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (80e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a rehearsal")
+    monkeypatch.setattr(convert_sft, "seconds_each", lambda work, few, more: work(few) or 0.2)
+    monkeypatch.setattr(rl, "seconds_each", lambda work, few, more: work(few) or 36.0)
+    shutil.rmtree(after_sft / "tiny" / "sft-w24")
+    rows = [{"tokens": [1] * 50, "targets": [-1] * 20 + [2] * 30}]
+    monkeypatch.setattr(convert_sft, "sft_rows", lambda *_: rows * len(_[2]))
+    run("rl", after_sft, RL.format(2) + " --sft-steps 3")
+    said = re.findall("^(?:shakedown.*|(?:sft|rl) w=24 step 1/)", capsys.readouterr().out,
+                      re.M)
+    first, second = [line for line in said if line.startswith("shakedown")]
+    assert said[0] == first and said[-2:] == [second, "rl w=24 step 1/"]
+    # 0.2 s are 256 tokens of stage 1, which takes 3 x 32 x 50; 36 s a token of RL, 2 x 40 of them,
+    # and 2 x 12 x 1064 to train; in its own shakedown, 0.2 s are 1064 tokens
+    assert re.search(r"256 tokens, .*; by its times stage 1 takes about 4 s, RL at most about "
+                     r"48:19 min \(were all answers of 40 tokens\)$", first)
+    assert re.search("1,064 tokens, .*; by its times RL at most about 48:04 min", second)
 
 
 # -------------------------------------------------------------------------------- validation, best
@@ -579,6 +629,59 @@ def test_the_plan_is_what_pytorch_counts(monkeypatch):
     counted = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
     planned = peak_bytes(memory_plan(config, tokens))
     assert 25e9 < counted < 30e9 and abs(planned / counted - 1) < 0.2
+
+
+def test_the_plan_of_a_cpu_is_what_pytorch_counts():
+    tokens = 2048
+    config = replace(SHAPES["smollm2-135m"], window=256, num_hidden_layers=2, vocab_size=8192)
+    trainer, tracker = Trainer(Transformer(config), CPU), MemTracker()
+    tracker.track_external(trainer.model, trainer.optimizer)
+    row = convert_sft.make_row([0], [1] * tokens)
+    with tracker:
+        for _ in range(2):  # the first one makes the moments
+            tracker.reset_mod_stats()
+            trainer.update([row], lambda logprobs, micro: -logprobs.sum() / tokens, lr=1e-3)
+    counted = sum(device["Total"] for device in tracker.get_tracker_snapshot("peak").values())
+    always, *rest = convert_sft.cpu_plan(config, tokens)
+    assert "Python" in always[1] and 1 < peak_bytes(rest) / counted < 1.2
+
+
+MODELS = {  # as the hub describes them
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SHAPES["smollm2-135m"],
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": (distilled := replace(
+        SHAPES["qwen2.5-1.5b"], tie_word_embeddings=False)),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": replace(
+        distilled, vocab_size=152064, hidden_size=3584, intermediate_size=18944,
+        num_attention_heads=28, num_key_value_heads=4),
+}
+
+
+def plan_printed(monkeypatch, capsys, *flags):
+    monkeypatch.setattr(convert_sft, "config_of", MODELS.get)
+    monkeypatch.setattr(sys, "argv", ["rl.py", "--plan", *flags])
+    rl.main()
+    return capsys.readouterr().out
+
+
+def test_one_command_prints_the_readmes_memory_table(monkeypatch, capsys):
+    readme = Path(rl.__file__).with_name("README.md").read_text()
+    command = re.search(r"^python rl.py --plan (.*)$", readme, re.M)[1]
+    printed = plan_printed(monkeypatch, capsys, *command.split())
+    assert printed.count("\n") == 4 + 6 and printed in readme
+    small = plan_printed(monkeypatch, capsys, *"--offload --slots 64 --memory 24".split())
+    assert "| peak: always + the larger phase | 11.38 |" in small and "24 GB | yes |" in small
+    assert "`--offload --slots 64` (11 GB)" in readme
+
+
+def test_without_a_gpu_the_plan_is_the_cpus(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(convert_sft, "memory_of", lambda kind: {"cpu": 8e9}[kind])
+    for flags, where, fits in (("", "CPU", "8 GB | no"), ("--device cpu", "CPU", "8 GB | no"),
+                               ("--device cpu --memory 999", "CPU", "999 GB | yes"),
+                               ("--memory 80", "GPU", "80 GB | yes"), ("--device cuda", "GPU", "")):
+        said = plan_printed(monkeypatch, capsys, *flags.split())
+        assert said.startswith(f"on a {where}, ") and ("bfloat16" in said) == (where == "GPU")
+        assert f"| fits {fits} |" in said if fits else "fits" not in said
 
 
 def test_offloading_and_keeping_blocks_show_in_the_plan():
