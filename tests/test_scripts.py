@@ -18,6 +18,8 @@ import pytest
 import torch
 from test_train import flags, handlers, logged, untrained  # noqa: F401  (handlers is a fixture)
 
+import convert_sft
+from convert_sft import TASKS
 from model import Transformer, cli, config_from_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,6 +179,74 @@ def test_a_real_model_on_gsm8k(cut_smollm2, data, tmp_path):
     assert [r["step"] for r in logged(rl)] == [1] and 0 < logged(sft)[0]["loss"] < 99
 
 
+@pytest.fixture
+def small(tmp_path):
+    """A folder with an untrained model of 115,000 parameters, 512 positions, and problems.jsonl."""
+    convert_sft.untrained(TASKS["tiny"]).save_pretrained(tmp_path / "small")
+    problems = TASKS["tiny"].problems(100, 0, False, lambda rng: 0)
+    problems += TASKS["tiny"].problems(100, 1, True, lambda rng: 0)
+    for i, problem in enumerate(problems := list({p["problem"]: p for p in problems}.values())):
+        if i % 10 == 0:
+            problem["problem"] = problem["problem"][:-1] * 60 + "?"  # too long
+        elif i % 10 == 1:
+            problem["solution"] = ""
+    with open(tmp_path / "problems.jsonl", "w") as file:
+        file.writelines(json.dumps(p) + "\n" for p in problems + problems[2:7])
+    return tmp_path, len(problems)
+
+
+def test_a_folder_and_problems_as_their_user_meets_them(small, monkeypatch, capsys):
+    """What is left out, told before the first step and reported at the end; then more steps, and
+    what the same folder refuses."""
+    home, n = small
+    out, tenth = home / "out" / "small", -(-n // 10)
+    plain = f"--data {home / 'problems.jsonl'} --out {home / 'out'} --device cpu --window 24"
+    more = ("--prompts 2 --group 2 --max-new-tokens 24 --validate 4 --validate-every 1 "
+            "--sft-steps 2 --micro-tokens 2048")
+    command = f"--model {home / 'small'} {plain} {more}".split()
+    began, *said = start("rl", *command, "--steps", 2).split("step 1/2")
+    assert f"\n5 of {n + 5} problems are left out: repeats\n" in began
+    for told in (rf"{tenth} of {n} problems are left out: longer than 488 tokens \(lower",
+                 rf"\d+ of {n + 5} problems are left out: without a \(verified\) solution\n"):
+        assert re.search(rf"\n{told}", began)
+    for stage in ("rl", "sft"):
+        assert re.search(rf"{stage}-w24: 2 steps, disk up to .* GB, memory up to .* GB\n", began)
+    assert re.search(r"held-out loss before training: SA \d.*, window 24 \d", began)
+    assert re.search(r"step 2/2 \| reward .* \| validation 0.* \| 0 s left\n", said[-1])
+    rows = re.findall(r"^\| (\S+) \| 0\.\d+ \[.*\] \| 0\.\d+ \[", said[-1], re.M)
+    assert "n = 4, 95 % intervals, window 24, seed 0" in said[-1]
+    assert rows == ["SWA-SFT", "SWA-RL"]
+    assert json.loads(said[-1].splitlines()[-1]).keys() >= {"swa_sft", "swa_rl", "n"}
+    # stage 1 without its optimizer, RL's last and best
+    sft, rl = out / "sft-w24", out / "rl-w24"
+    assert [p.name for p in out.glob("*/step-*")] == ["step-000002"]
+    assert Transformer.from_pretrained(rl / "best").config.window == 24
+    assert all("validation" in record for record in logged(rl))
+
+    made = {p: p.stat().st_mtime_ns for p in sft.iterdir()}
+    again = start("rl", *command, "--steps", 3)
+    assert "rl-w24: continuing after step 2" in again and "step 3/3" in again
+    assert [r["step"] for r in logged(rl)] == [1, 2, 3]
+    assert made == {p: p.stat().st_mtime_ns for p in sft.iterdir()}
+
+    def refuses(script, text, why):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *text.split()])
+        with pytest.raises(SystemExit) as stopped:
+            cli(importlib.import_module(script).main)
+        [line] = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and re.search(why, line)
+
+    told = " ".join([*command, "--steps", "4"])
+    refuses("rl", f"{told} --seed 5", r"sft-w24 was made with other settings \(seed\)")
+    refuses("rl", f"{told} --group 4", r"rl-w24 holds a run with other settings \(group\)")
+    refuses("rl", f"{told} --max-new-tokens 600", "none of .* problems .*: lower --max-new-tokens")
+    refuses("rl", f"{told} --sft-data {home / 'none.jsonl'}", "other settings.*data")
+    refuses("convert_sft", f"--model {home / 'small'} {plain} --steps 3", "other settings")
+    convert_sft.untrained(TASKS["tiny"], 1).save_pretrained(home / "other" / "small")
+    other = told.replace(str(home / "small"), str(home / "other" / "small"))
+    refuses("rl", other, r"made with other settings \(base\)")
+
+
 # --------------------------------------------------------------------------------------- commands
 
 
@@ -235,6 +305,9 @@ BAD = {  # script and flags -> what the sentence says; {tmp} is a folder with th
     f"convert_sft {TINY} --lr nan": "--lr nan",
     f"convert_sft {TINY} --seed -1": "--seed",
     f"rl {TINY} --group 0": "--group 0",
+    f"rl {TINY} --group 1": "give at least 2",
+    f"rl {TINY} --temperature 0": "nothing is learned",
+    f"rl {TINY} --min-informative 65": "at most 64",
     f"rl {TINY} --slots -1": "--slots",
     f"rl {TINY} --max-new-tokens 0": "--max-new-tokens 0",
     f"convert_sft {TINY} --out {{tmp}}/good.jsonl": "cannot be written",
