@@ -209,7 +209,8 @@ def flex_attention():
 def bench_kernels(args):
     """Forward, backward and decode; credited operations 4 and 10 a pair, head and dimension."""
     device, gpu = args.torch_device, args.torch_device.type == "cuda"
-    contestants = {"swa_kernel": Contestant(swa_attention)}
+    contestants = {"swa_kernel": Contestant(swa_attention),
+                   "swa_kernel, 64 sinks": Contestant(partial(swa_attention, sinks=64))}
     if gpu:
         contestants |= {
             "FlexAttention": Contestant(flex_attention()),
@@ -311,7 +312,7 @@ def captured(run):
 
 def draw_kernels(figure, rows):
     """Time against length, a colour a contestant, a marker a window; the first head dimension."""
-    colors = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+    colors = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
     rows = [row for row in rows if row["part"] != "decode" and row["D"] == rows[0]["D"]]
     names, windows = (list(dict.fromkeys(row[key] for row in rows)) for key in ("what", "W"))
     styles = dict(zip(windows, ("o-", "s--", "^:", "v-.", "D-")))

@@ -128,6 +128,8 @@ class Settings:
                                  type=window_arg)
     window_from: int | None = setting(
         None, "start stage 1 with this window and shrink to --window over half of it")
+    sinks: int = setting(0, "first tokens that every query sees beside the window; as many as the "
+                            "prompt has keep it in sight", least=0)
     full_layers: tuple = setting((), "layers that keep full attention, such as 0,14,27",
                                  type=layers_arg)
     nope_full: bool = setting(False, "those layers without RoPE: an experiment")
@@ -152,6 +154,10 @@ class Settings:
 
     other_models = 0  # on the device, beside the trained one and its rollout copy
     given = frozenset()  # the names of those that were given, not defaults
+
+    def __post_init__(self):
+        if self.window is None:  # full attention is one run, whatever stands beside a window
+            self.sinks = 0
 
     @classmethod
     def of(cls, **given):
@@ -198,10 +204,12 @@ class Settings:
         return json.loads(json.dumps({"stage": self.stage} | own))  # as it comes back from a file
 
     def folder(self, stage=None):
-        """<out>/<model>/<stage>-w<window>, with -full<layers> and -nope where set."""
+        """<out>/<model>/<stage>-w<window>, with -sinks<n>, -full<layers> and -nope where set."""
         path = Path(self.model)
         name = path.resolve().name if path.exists() else path.name
         variant = f"w{self.window or 'full'}"
+        if self.sinks:
+            variant += f"-sinks{self.sinks}"
         if self.window and self.full_layers:
             variant += "-full" + ".".join(map(str, self.full_layers)) + "-nope" * self.nope_full
         return Path(self.out) / name / f"{stage or self.stage}-{variant}"
@@ -273,7 +281,8 @@ def convert(settings, then=None):
     # Of SA: before the window is set, before a resume
     teacher = held_out_loss(model, held_out, settings, device)
 
-    model.config = replace(model.config, window=settings.window, nope_full=settings.nope_full,
+    model.config = replace(model.config, window=settings.window, sinks=settings.sinks,
+                           nope_full=settings.nope_full,
                            full_layers=settings.full_layers if settings.window else ())
     preflight(settings, device)
     trainer = settings.trainer(model, device)
@@ -311,7 +320,7 @@ def convert(settings, then=None):
                   "tok_per_s": tok_per_s, "seconds": seconds}
         if step == 0:
             record |= {"before": student} if held_out else {}
-            warn_of_reach([len(row["tokens"]) for row in rows + held_out], settings.window)
+            warn_of_reach([len(row["tokens"]) for row in rows + held_out], settings)
         shown = ""
         if held_out and ((step + 1) % settings.eval_every == 0 or step + 1 == settings.steps):
             with run.off_the_clock():
@@ -325,12 +334,13 @@ def convert(settings, then=None):
     return run.finish()
 
 
-def warn_of_reach(lengths, window):
+def warn_of_reach(lengths, settings):
     """A window that hides nothing makes SWA the same as SA, without a word."""
-    if window and lengths and max(lengths) <= window and RANK == 0:
-        print(f"warning: none of {len(lengths)} sequences is longer than the window of {window} "
-              f"(the longest has {max(lengths)} tokens): it hides nothing; give a smaller --window",
-              file=sys.stderr, flush=True)
+    window, sinks = settings.window, settings.sinks
+    if window and lengths and max(lengths) <= window + sinks and RANK == 0:
+        print(f"warning: none of {len(lengths)} sequences is longer than the window of {window}"
+              f"{f' and {sinks} sinks' if sinks else ''} (the longest has {max(lengths)} tokens): "
+              "it hides nothing; give a smaller --window", file=sys.stderr, flush=True)
 
 
 def window_at(step, settings):
@@ -883,6 +893,7 @@ class Run:
     def __init__(self, settings, folder=None, identity=None):
         self.folder = Path(folder or settings.folder())
         self.identity = identity or settings.identity()
+        self.defaults = {f.name: f.default for f in fields(settings)}
         self.save_seconds, self.wandb = 60 * settings.save_minutes, settings.wandb
         self.step, self.seconds, self.best, self.texts = 0, 0.0, -math.inf, {}
         self.stopping, self.records, self.writing = False, [], None
@@ -901,7 +912,8 @@ class Run:
                              "continues from the last checkpoint") from None
 
     def refuse_other(self, identity):
-        differ = [k for k, v in self.identity.items() if identity.get(k) != v]
+        # A setting that is younger than the run had its default
+        differ = [k for k, v in self.identity.items() if identity.get(k, self.defaults.get(k)) != v]
         if differ:
             raise UsageError(f"{self.folder} holds a run with other settings "
                              f"({', '.join(differ)}): give the same flags to continue it, "
@@ -1339,7 +1351,7 @@ def config_of(model):
 
 def plan_of(settings, cpu=False):
     """The plan of one GPU or a CPU, before anything is allocated; needs config.json only."""
-    config = replace(config_of(settings.model), window=settings.window,
+    config = replace(config_of(settings.model), window=settings.window, sinks=settings.sinks,
                      full_layers=settings.full_layers)
     sizes = settings.micro_batch(), settings.most_slots(), settings.longest()
     if cpu:

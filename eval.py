@@ -507,6 +507,7 @@ def prepare(planned):
         shutil.copytree(planned.base, home / "base-wfull")
     if planned.start and not (folder / "config.json").exists():
         model = Transformer.from_pretrained(planned.start, window=settings.window)
+        model.config.sinks = settings.sinks
         model.save_pretrained(folder)
     if planned.rows:
         home.mkdir(parents=True, exist_ok=True)
@@ -957,7 +958,8 @@ def reach_run(folder, settings, full_layers, distances, length, how):
         model = untrained(settings.tiny, settings.seed)
     else:
         model = Transformer.from_pretrained(settings.model, dtype=torch.float32)
-    model.config = replace(model.config, window=settings.window, full_layers=full_layers)
+    model.config = replace(model.config, window=settings.window, sinks=settings.sinks,
+                           full_layers=full_layers)
     tokenizer, device = Tokenizer(model.tokenizer_files), settings.start_device()
     trainer = Trainer(model, device, settings.micro_tokens)
     run = Run(settings, folder,

@@ -57,8 +57,9 @@ class ModelConfig:
     """A config.json, under Hugging Face's names, plus the window.
 
     window: keys a query sees, its own included (`0 <= i - j < window`), or None for full attention.
+    sinks: the first so many tokens, which every query sees beside the window.
     full_layers: indices of layers that keep full attention in a windowed model (hybrids).
-    nope_full: those layers without RoPE, an experiment that other libraries cannot open.
+    nope_full: those layers without RoPE. Sinks and this other libraries cannot open.
     extra: whatever else config.json says, written back unchanged.
     """
 
@@ -76,12 +77,18 @@ class ModelConfig:
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = False
     window: int | None = None
+    sinks: int = 0
     full_layers: tuple[int, ...] = ()
     nope_full: bool = False
     extra: dict = field(default_factory=dict)
 
     def __post_init__(self):
         check_window(self.window)
+        if self.window is None:
+            self.sinks = 0
+        if not 0 <= self.sinks < self.max_position_embeddings:
+            raise UsageError(f"sinks {reprlib.repr(self.sinks)}: give a whole number of at least 0 "
+                             f"and below the model's {self.max_position_embeddings} positions")
         if self.head_dim < 2 or self.head_dim % 2:
             raise UsageError(f"head_dim {self.head_dim}: RoPE turns pairs, give an even number")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -404,36 +411,43 @@ class SlidingWindow:
     attention is a class with these four methods, handed out by attention_layers(); training,
     generation, the analyses and the memory plan then follow.
 
-    Kept of the past: the last W keys and values, in a ring. With W = 4:
+    Kept of the past: the last W keys and values, in a ring behind the sinks. With W = 4, 2 sinks:
 
-        place              0  1  2  3
-        after 4 tokens     0  1  2  3
-        after 6 tokens     4  5  2  3     position p overwrites p - W, which no later query sees
+        place              0  1    2  3  4  5
+        after 6 tokens     0  1    2  3  4  5
+        after 8 tokens     0  1    6  7  4  5     p overwrites p - W, which no later query sees
     """
 
     def __init__(self, config, window):
         self.config, self.window = config, window
+        self.sinks = config.sinks if window else 0
 
     def full(self, q, k, v, cu_seqlens=None):
-        """Whole rows, differentiable. q (B, T, H, D); k, v (B, S, Hkv, D) -> (B, T, H, D)."""
-        return swa_attention(q, k, v, self.window, cu_seqlens)
+        """Whole rows, differentiable. q (B, T, H, D); k, v (B, S, Hkv, D) -> (B, T, H, D).
+
+        S > T: what was before the T queries, of which only what they see need be there.
+        """
+        return swa_attention(q, k, v, self.window, cu_seqlens, self.sinks)
 
     def empty_cache(self, slots, length, **kind):
         """What `slots` sequences of at most `length` tokens need: tensors, the slot first.
 
         Full attention is the same ring with as many places as the longest sequence has tokens.
         """
-        places = min(self.window or length, length)
+        places = min(self.sinks + self.window, length) if self.window else length
         shape = slots, places, self.config.num_key_value_heads, self.config.head_dim
         return torch.zeros(shape, **kind), torch.zeros(shape, **kind)
 
     def place(self, position, places):
-        """Where in the ring a position lies."""
-        return position % places
+        """Where in the cache a position lies."""
+        sinks = min(self.sinks, places - 1)  # fewer in a cache that is shorter than they are
+        if not sinks:
+            return position % places
+        return position.clamp(max=sinks) + (position - sinks).clamp(min=0) % (places - sinks)
 
     def held(self, position, end, places):
-        """Whether the ring still holds a position when `end` positions are written."""
-        return position >= end - places
+        """Whether the cache still holds a position when `end` positions are written."""
+        return (position < self.sinks) | (position >= end - (places - self.sinks))
 
     def prefill(self, cache, q, k, v, chunk):
         """The prompt tokens of a Chunk, packed: q (1, T, H, D) -> (1, T, H, D); fills the cache."""
@@ -441,7 +455,7 @@ class SlidingWindow:
         places = keys.shape[1]
         if chunk.start == 0:
             o = self.full(q, k, v, chunk.cu_seqlens)
-        else:  # what the ring holds, oldest first, is joined before anything is overwritten
+        else:  # what the cache holds, oldest first, is joined before anything is overwritten
             slot, past = chunk.slots[0], torch.arange(chunk.start, device=q.device)
             past = self.place(past[self.held(past, chunk.start, places)], places)
             o = self.full(q, torch.cat((keys[slot, past][None], k), 1),
@@ -457,7 +471,7 @@ class SlidingWindow:
         keys, values = (ring[:B] for ring in cache)
         at = torch.arange(B, device=q.device), self.place(position, keys.shape[1])
         keys[at], values[at] = k, v
-        return swa_decode(q, keys, values, position)
+        return swa_decode(q, keys, values, position, self.sinks)
 
 
 def attention_layers(config):
@@ -855,7 +869,7 @@ ENTRIES = {
     "intermediate_size": (int, 1, 2**20), "num_hidden_layers": (int, 1, 1000),
     "num_attention_heads": (int, 1, 2**16), "num_key_value_heads": (int, 1, 2**16),
     "head_dim": (int, 2, 2**16), "max_position_embeddings": (int, 1, 2**40),
-    "max_window_layers": (int, 0, 2**31), "use_sliding_window": (bool,),
+    "max_window_layers": (int, 0, 2**31), "use_sliding_window": (bool,), "sinks": (int,),
     "tie_word_embeddings": (bool,), "nope_full": (bool,), "rms_norm_eps": (float, 0, 1),
     "rope_theta": (float, 1, 1e15), "factor": (float, 1e-3, 1e6),
     "low_freq_factor": (float, 1e-3, 1e6), "high_freq_factor": (float, 1e-3, 1e6),
@@ -950,7 +964,7 @@ def window_from_json(d, kind):
 
 def config_to_json(config):
     """A config.json that transformers and vLLM open with the same window in the same layers."""
-    ours = {"extra", "window", "full_layers", "nope_full"}
+    ours = {"extra", "window", "full_layers", "sinks", "nope_full"}
     d = config.extra | {k: v for k, v in vars(config).items() if k not in ours}
     d["rope_parameters"] = {"rope_type": "default", **(config.rope_scaling or {}),
                             "rope_theta": config.rope_theta}
@@ -965,9 +979,9 @@ def config_to_json(config):
         d |= {"model_type": "ministral" if config.full_layers else "mistral",
               "sliding_window": config.window, "layer_types": layer_types}
     d["architectures"] = [ARCHITECTURES[d["model_type"]]]
-    if config.nope_full:
-        # Nobody else computes this, so nobody else may open it as something it is not
-        d |= {"nope_full": True, "model_type": "nanoswarr", "base_model_type": d["model_type"]}
+    own = {name: getattr(config, name) for name in ("sinks", "nope_full") if getattr(config, name)}
+    if own:  # nobody else computes this, so nobody else may open it as something it is not
+        d |= own | {"model_type": "nanoswarr", "base_model_type": d["model_type"]}
     return d
 
 

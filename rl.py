@@ -210,8 +210,7 @@ def train_rl(settings, start, teacher=None):
                         f"ent {record['entropy']:.2f} | norm {norm or 0:.3f} | lr {lr:.1e} | "
                         f"{seconds:.1f} s | {record['tok_per_s']:,.0f} tok/s{shown}")
         if step == 0:
-            warn_of_reach([len(e.prompt) + len(e.tokens) for g in groups for e in g],
-                          settings.window)
+            warn_of_reach([len(e.prompt) + len(e.tokens) for g in groups for e in g], settings)
         if RANK == 0:
             texts = [as_text(step, e, tokenizer) for e in (groups[0][0], groups[-1][-1])]
             run.write_text("episodes.txt", "".join(texts))

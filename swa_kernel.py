@@ -2,7 +2,8 @@
 
 One window definition everywhere: query i sees key j iff 0 <= i - j < W, so W counts the query's own
 key (Hugging Face and FLA count so; FlashAttention calls it window_size = (W - 1, 0)). Full causal
-attention is the same code with W >= T, written None.
+attention is the same code with W >= T, written None. Beside the window each query sees the sinks,
+the first so many keys of its row (StreamingLLM, arXiv 2309.17453): j < sinks.
 
 In the order of the file: the naive twin that defines the result; the PyTorch path (CPU, macOS,
 head dimensions that the kernels lack), linear in T; the Triton kernels; the two public functions,
@@ -11,8 +12,8 @@ swa_attention and swa_decode, which choose between the paths.
 To change what a query sees: _in_window is the rule itself, for every path; _keys_seen and
 _queries_seen say which blocks the kernels visit; swa_decode says which slots of the ring count.
 
-Left out on purpose: dropout, ALiBi, soft-capping, attention sinks, paged caches, FP8, warp
-specialisation, autotuning (TILES is a fixed table) and second derivatives.
+Left out on purpose: dropout, ALiBi, soft-capping, paged caches, FP8, warp specialisation,
+autotuning (TILES is a fixed table) and second derivatives.
 
     python -m pytest tests/test_kernel.py     # both paths; the kernels in Triton's interpreter
     python bench.py                           # speed and memory on this machine
@@ -38,16 +39,20 @@ INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 # ------------------------------------------------------------------------------ the naive twin
 
-def _in_window(i, j, window):
+def _in_window(i, j, window, sinks=0):
     """Whether query i sees key j, both counted in their own row: the rule, stated only here.
 
     Takes anything that broadcasts, PyTorch's tensors as well as Triton's (see _in_window_jit).
     """
     distance = i - j
-    return (distance >= 0) & (distance < window)
+    causal = distance >= 0
+    near = distance < window
+    if sinks > 0:                                     # none: not an instruction of the kernels
+        near = near | (j < sinks)
+    return causal & near
 
 
-def swa_attention_reference(q, k, v, window=None, cu_seqlens=None):
+def swa_attention_reference(q, k, v, window=None, cu_seqlens=None, sinks=0):
     """The definition itself, in any floating dtype and quadratic memory: the oracle of the tests.
 
     Arguments as in swa_attention. A NaN anywhere in k or v reaches every query of its head.
@@ -55,11 +60,12 @@ def swa_attention_reference(q, k, v, window=None, cu_seqlens=None):
     T, H, D = q.shape[1:]
     S, Hkv = k.shape[1:3]
     j = torch.arange(S, device=q.device)
-    i = j[S - T:]                                     # the queries are the last T of S positions
-    visible = _in_window(i[:, None], j, S if window is None else window)          # (T, S)
-    if cu_seqlens is not None:                        # then S = T: token t lies in packed row[t]
+    row = torch.zeros_like(j)                         # token j lies in packed row[j]
+    if cu_seqlens is not None:
         row = torch.searchsorted(cu_seqlens[1:], j, right=True)
-        visible &= row[:, None] == row
+        j = j - cu_seqlens[row]                       # counted in its row
+    i, i_row = j[S - T:, None], row[S - T:, None]     # the queries are the last T of S positions
+    visible = _in_window(i, j, S if window is None else window, sinks) & (i_row == row)  # (T, S)
 
     k, v = (x.repeat_interleave(H // Hkv, dim=2) for x in (k, v))                 # (B, S, H, D)
     scores = torch.einsum("bthd,bshd->bhts", q, k) * D ** -0.5
@@ -75,7 +81,7 @@ def _sdpa(q, k, v, **mask):
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True, **mask).transpose(1, 2)
 
 
-def _attention_torch(q, k, v, window):
+def _attention_torch(q, k, v, window, sinks=0):
     """Blocks of C queries, each against the few chunks of C keys that it sees: linear in T.
 
     Keys are cut where queries are cut. With C = 4, window = 7, 7 queries and 6 keys before them:
@@ -84,11 +90,22 @@ def _attention_torch(q, k, v, window):
         queries                    6 7 8 9 | 10 11 12
 
     Here reach = 2: the second block of queries sees its own chunk, the last, and two before it.
+
+    Sinks stand apart: their own queries see all before them, later ones all sinks, and beside them
+    a window over the other keys.
     """
     T, S = q.shape[1], k.shape[1]
-    window = S if window is None else min(window, S)
+    if window is None or max(window, sinks) >= S:     # everything is seen
+        window, sinks = S, 0
     if window == S == T:
         return _sdpa(q, k, v, is_causal=True)
+    outs, k_sinks, v_sinks = [], [], []
+    if sinks:
+        (*k_sinks, k), (*v_sinks, v) = (x.split((sinks, S - sinks), dim=1) for x in (k, v))
+        S -= sinks
+        if T > S:                                     # the first queries are the sinks' own
+            outs.append(_attention_torch(q[:, :T - S], *k_sinks, *v_sinks, None))
+            q, T = q[:, T - S:], S
 
     C = min(max(window, 32), 128)                     # measured: small windows want small blocks
     old = min(S - T, window - 1)                      # keys before the first query that it can see
@@ -106,19 +123,21 @@ def _attention_torch(q, k, v, window):
     # One mask for all blocks: C queries, their own chunk of keys and the `reach` chunks before it.
     j = torch.arange((reach + 1) * C, device=q.device)
     mask = _in_window(j[reach * C:, None], j, window)                   # (C, (reach + 1) * C)
-    outs = []
     for own, b_q in enumerate(q.split(C, dim=1), start=old_chunks):
         seen = slice(max(0, own - reach), own + 1)
-        b_k = torch.cat(k_chunks[seen], dim=1)
-        b_v = torch.cat(v_chunks[seen], dim=1)
+        b_k = torch.cat((*k_sinks, *k_chunks[seen]), dim=1)
+        b_v = torch.cat((*v_sinks, *v_chunks[seen]), dim=1)
         # The first blocks have fewer keys before them, the last fewer queries and keys of its own.
-        rows, columns = b_q.shape[1], b_k.shape[1]
+        rows, columns = b_q.shape[1], b_k.shape[1] - sinks
         end = reach * C + rows
-        outs.append(_sdpa(b_q, b_k, b_v, attn_mask=mask[:rows, end - columns:end]))
+        b_mask = mask[:rows, end - columns:end]
+        if sinks:
+            b_mask = F.pad(b_mask, (sinks, 0), value=True)
+        outs.append(_sdpa(b_q, b_k, b_v, attn_mask=b_mask))
     return torch.cat(outs, dim=1)
 
 
-def _packed_torch(q, k, v, window, cu_seqlens):
+def _packed_torch(q, k, v, window, cu_seqlens, sinks):
     """Rows of like length (same power of two) run as one batch, padded on the right.
 
     Causality hides the padding, so it needs no mask, and it costs at most a factor of two.
@@ -139,7 +158,7 @@ def _packed_torch(q, k, v, window, cu_seqlens):
         token = token.flatten().to(q.device)
         real = (t < length).flatten().nonzero()[:, 0].to(q.device)      # which of R * L
         batch = (x[0].index_select(0, token).unflatten(0, (len(rows), -1)) for x in (q, k, v))
-        o = _attention_torch(*batch, window).flatten(0, 1)              # (R * L, H, D)
+        o = _attention_torch(*batch, window, sinks).flatten(0, 1)       # (R * L, H, D)
         outs.append(o.index_select(0, real))
         places.append(token[real])
     order = torch.cat(places).argsort()               # back into the order of the tokens
@@ -176,6 +195,7 @@ def _decode_torch(q, k, v, position):
 #   s_qb s_qt s_qh, s_kb ...      elements from one batch row, token, head to the next
 #   G             query heads to a key head
 #   D, BD, BM, BN head dimension, the same padded to a power of two, queries and keys of a block
+#   SINKS         compiled in, as PACKED is, so that a model without sinks runs code without them
 #
 # Softmax is in base 2, as the hardware computes: exp(x) = exp2(x * log2(e)), so the scores' factor
 # is scale * LOG2E. The stored LSE is in base 2 as well.
@@ -277,6 +297,9 @@ def _locate(cu_seqlens, N, T, S, i, BLOCK: tl.constexpr, PACKED: tl.constexpr):
 #         5       . x x x|x x x x|x x x x|x . . .|        full_lo = 8
 #         6       . . x x|x x x x|x x x x|x x . .|        full_hi = 16
 #         7       . . . x|x x x x|x x x x|x x x .|        hi      = 19
+#
+# Sinks: the blocks that hold them, as far as they lie before lo, are the first of the edges. Seen
+# from the keys there is nothing to hop over: a sink has all later queries.
 
 @_jit
 def _keys_seen(i0, S, W, BM: tl.constexpr, BN: tl.constexpr):
@@ -290,39 +313,56 @@ def _keys_seen(i0, S, W, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @_jit
-def _queries_seen(j0, T, S, W, BM: tl.constexpr, BN: tl.constexpr):
+def _queries_seen(j0, T, S, W, BM: tl.constexpr, BN: tl.constexpr, SINKS: tl.constexpr):
     """The same for the keys j0 .. j0 + BN, in rows of q: row t has the index S - T + t."""
     t0 = j0 - (S - T)                                         # the first key's own query
     lo = tl.maximum(t0, 0) // BM * BM
-    full_hi = tl.minimum(tl.maximum(t0 + W, 0), T)            # to the first key's last query
+    least, most = W, W                                        # windows of the block's keys
+    if SINKS > 0:
+        least = tl.where(j0 + BN <= SINKS, S, W)
+        most = tl.where(j0 < SINKS, S, W)
+    full_hi = tl.minimum(tl.maximum(t0 + least, 0), T)        # to the first key's last query
     full_hi = tl.maximum(full_hi // BM * BM, lo)
     full_lo = tl.cdiv(tl.maximum(t0 + BN - 1, 0), BM) * BM    # from the last key's first query
     full_lo = tl.maximum(tl.minimum(full_lo, full_hi), lo)
-    hi = tl.minimum(t0 + BN - 1 + W, T)                       # to the last key's last query
+    hi = tl.minimum(t0 + BN - 1 + most, T)                    # to the last key's last query
     hi = tl.maximum(hi, lo)                                   # keys too old for all: empty
     return lo, full_lo, full_hi, hi
 
 
 @_jit
-def _block_count(seen, BLOCK: tl.constexpr, FULL: tl.constexpr):
-    """Blocks of a pass: the full ones, or those of both edges."""
+def _sink_blocks(lo, BLOCK: tl.constexpr, SINKS: tl.constexpr):
+    """Blocks before lo that hold sinks."""
+    return tl.minimum(tl.cdiv(SINKS, BLOCK), lo // BLOCK)
+
+
+@_jit
+def _block_count(seen, BLOCK: tl.constexpr, FULL: tl.constexpr, SINKS: tl.constexpr = 0):
+    """Blocks of a pass: the full ones, or those of both edges and of SINKS keys."""
     lo, full_lo, full_hi, hi = seen
     if FULL:
         count = (full_hi - full_lo) // BLOCK
     else:
         count = (full_lo - lo) // BLOCK + tl.cdiv(hi - full_hi, BLOCK)
+        if SINKS > 0:
+            count += _sink_blocks(lo, BLOCK, SINKS)
     return count
 
 
 @_jit
-def _block_start(seen, e, BLOCK: tl.constexpr, FULL: tl.constexpr):
+def _block_start(seen, e, BLOCK: tl.constexpr, FULL: tl.constexpr, SINKS: tl.constexpr = 0):
     """Start of a pass's e-th block."""
     lo, full_lo, full_hi, hi = seen
     if FULL:
         start = full_lo + e * BLOCK
     else:
+        first = e * BLOCK                             # where it begins if it holds sinks
+        if SINKS > 0:
+            e -= _sink_blocks(lo, BLOCK, SINKS)
         hop = tl.where(lo + e * BLOCK < full_lo, 0, full_hi - full_lo)
         start = lo + hop + e * BLOCK
+        if SINKS > 0:
+            start = tl.where(e < 0, first, start)
     return start
 
 
@@ -331,7 +371,7 @@ def _forward(q, k, v, o, lse,
              cu_seqlens, N, T, S, W, scale,
              s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, G,
              D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-             PACKED: tl.constexpr):
+             PACKED: tl.constexpr, SINKS: tl.constexpr):
     """BM queries of one head. Grid (blocks, H, B); last blocks first, they may have most keys.
 
     Online softmax (FlashAttention-2, algorithm 1): b_m is the largest score so far, b_l the sum of
@@ -356,14 +396,14 @@ def _forward(q, k, v, o, lse,
     b_l = tl.zeros([BM], tl.float32)
     seen = _keys_seen(i0, S, W, BM, BN)
     for FULL in tl.static_range(2):                   # the edges, then the full blocks
-        for e in range(_block_count(seen, BN, FULL)):
-            j0 = _block_start(seen, e, BN, FULL)
+        for e in range(_block_count(seen, BN, FULL, SINKS)):
+            j0 = _block_start(seen, e, BN, FULL, SINKS)
             b_k = _load(k, j0, S, s_kt, BN, D, BD, FULL)
             b_s = _dot(b_q, tl.trans(b_k))                                  # (BM, BD) @ (BD, BN)
             if not FULL:
                 o_i = (i0 + tl.arange(0, BM))[:, None]
                 o_j = (j0 + tl.arange(0, BN))[None, :]
-                b_s = tl.where(_in_window_jit(o_i, o_j, W), b_s, float("-inf"))
+                b_s = tl.where(_in_window_jit(o_i, o_j, W, SINKS), b_s, float("-inf"))
             b_max = tl.maximum(b_m, tl.max(b_s, 1) * scale2)
             # A query that has seen no key yet has the maximum -inf, and -inf - -inf is NaN.
             b_ref = b_max if FULL else tl.where(b_max == float("-inf"), 0.0, b_max)
@@ -396,7 +436,7 @@ def _backward_q(q, k, v, o, do, lse, delta, dq,
                 cu_seqlens, N, T, S, W, scale,
                 s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, G,
                 D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                PACKED: tl.constexpr):
+                PACKED: tl.constexpr, SINKS: tl.constexpr):
     """dQ of BM queries, on the forward's grid; and their delta, which _backward_kv reads after."""
     i_m = tl.num_programs(0) - 1 - tl.program_id(0)
     i_h = tl.program_id(1).to(tl.int64)
@@ -422,8 +462,8 @@ def _backward_q(q, k, v, o, do, lse, delta, dq,
     b_dq = tl.zeros([BM, BD], tl.float32)
     seen = _keys_seen(i0, S, W, BM, BN)
     for FULL in tl.static_range(2):
-        for e in range(_block_count(seen, BN, FULL)):
-            j0 = _block_start(seen, e, BN, FULL)
+        for e in range(_block_count(seen, BN, FULL, SINKS)):
+            j0 = _block_start(seen, e, BN, FULL, SINKS)
             b_k = _load(k, j0, S, s_kt, BN, D, BD, FULL)
             b_v = _load(v, j0, S, s_vt, BN, D, BD, FULL)
             b_s = _dot(b_q, tl.trans(b_k))                                  # (BM, BD) @ (BD, BN)
@@ -431,7 +471,7 @@ def _backward_q(q, k, v, o, do, lse, delta, dq,
             if not FULL:                              # after exp2, which can be inf where masked
                 o_i = (i0 + tl.arange(0, BM))[:, None]
                 o_j = (j0 + tl.arange(0, BN))[None, :]
-                b_p = tl.where(_in_window_jit(o_i, o_j, W), b_p, 0.0)
+                b_p = tl.where(_in_window_jit(o_i, o_j, W, SINKS), b_p, 0.0)
             b_dp = _dot(b_do, tl.trans(b_v))                                # (BM, BD) @ (BD, BN)
             b_ds = b_p * (b_dp - b_delta[:, None])
             b_dq = _dot(b_ds.to(b_k.dtype), b_k, b_dq)                      # (BM, BN) @ (BN, BD)
@@ -443,7 +483,7 @@ def _backward_kv(q, k, v, do, lse, delta, dk, dv,
                  cu_seqlens, N, T, S, W, scale,
                  s_qb, s_qt, s_qh, s_kb, s_kt, s_kh, s_vb, s_vt, s_vh, G,
                  D: tl.constexpr, BD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                 PACKED: tl.constexpr):
+                 PACKED: tl.constexpr, SINKS: tl.constexpr):
     """dK and dV of BN keys of one head, summed over its G query heads here, in a fixed order.
 
     Scores stand transposed, (BN, BM), as in the second picture. Grid (blocks, Hkv, B).
@@ -462,7 +502,7 @@ def _backward_kv(q, k, v, do, lse, delta, dk, dv,
     b_v = _load(v, j0, S, s_vt, BN, D, BD, False)
     b_dk = tl.zeros([BN, BD], tl.float32)
     b_dv = tl.zeros([BN, BD], tl.float32)
-    seen = _queries_seen(j0, T, S, W, BM, BN)
+    seen = _queries_seen(j0, T, S, W, BM, BN, SINKS)
     for i_h in range(i_k * G, i_k * G + G):
         p_q = _at(q, i_b, first, i_h, s_qb, s_qt, s_qh)
         p_do = do + ((i_b * T_all + first) * H + i_h) * D       # in (B, T, H, D)
@@ -480,7 +520,7 @@ def _backward_kv(q, k, v, do, lse, delta, dk, dv,
                 if not FULL:
                     o_i = (S - T + o_m)[None, :]
                     o_j = (j0 + tl.arange(0, BN))[:, None]
-                    b_p = tl.where(_in_window_jit(o_i, o_j, W), b_p, 0.0)
+                    b_p = tl.where(_in_window_jit(o_i, o_j, W, SINKS), b_p, 0.0)
                 b_dv = _dot(b_p.to(b_do.dtype), b_do, b_dv)                 # (BN, BM) @ (BM, BD)
                 b_dp = _dot(b_v, tl.trans(b_do))                            # (BN, BD) @ (BD, BM)
                 b_ds = b_p * (b_dp - b_delta[None, :])
@@ -574,7 +614,7 @@ def _pad(D):
     return max(32, triton.next_power_of_2(D))
 
 
-def _launch(kernel, tensors, q, k, v, cu_seqlens, window):
+def _launch(kernel, tensors, q, k, v, cu_seqlens, window, sinks):
     """One of the three training kernels on its own `tensors` and the arguments that all share."""
     B, T, H, D = q.shape
     S, Hkv = k.shape[1:3]
@@ -591,7 +631,8 @@ def _launch(kernel, tensors, q, k, v, cu_seqlens, window):
         kernel[blocks, heads, B](
             *tensors, cu_seqlens, N, T, S, window, D ** -0.5,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], H // Hkv,
-            D=D, BD=_pad(D), BM=BM, BN=BN, PACKED=N > 0, num_warps=warps, num_stages=stages)
+            D=D, BD=_pad(D), BM=BM, BN=BN, PACKED=N > 0, SINKS=sinks,
+            num_warps=warps, num_stages=stages)
 
 
 def _operator(schema):
@@ -606,22 +647,22 @@ def _empty_outputs(q):
     return q.new_empty(B, T, H, D), q.new_empty(B, H, T, dtype=torch.float32)
 
 
-@_operator("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int window) "
+@_operator("attention(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int window, int sinks) "
            "-> (Tensor, Tensor)")
-def _attention(q, k, v, cu_seqlens, window):
+def _attention(q, k, v, cu_seqlens, window, sinks):
     o, lse = _empty_outputs(q)
-    _launch(_forward, (q, k, v, o, lse), q, k, v, cu_seqlens, window)
+    _launch(_forward, (q, k, v, o, lse), q, k, v, cu_seqlens, window, sinks)
     return o, lse
 
 
 @_operator("attention_backward(Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor do, "
-           "Tensor? cu_seqlens, int window) -> (Tensor, Tensor, Tensor)")
-def _attention_backward(q, k, v, o, lse, do, cu_seqlens, window):
+           "Tensor? cu_seqlens, int window, int sinks) -> (Tensor, Tensor, Tensor)")
+def _attention_backward(q, k, v, o, lse, do, *visible):
     do = do.contiguous()
     delta = torch.empty_like(lse)                     # written by the first kernel, for the second
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    _launch(_backward_q, (q, k, v, o, do, lse, delta, dq), q, k, v, cu_seqlens, window)
-    _launch(_backward_kv, (q, k, v, do, lse, delta, dk, dv), q, k, v, cu_seqlens, window)
+    _launch(_backward_q, (q, k, v, o, do, lse, delta, dq), q, k, v, *visible)
+    _launch(_backward_kv, (q, k, v, do, lse, delta, dk, dv), q, k, v, *visible)
     return dq, dk, dv
 
 
@@ -647,13 +688,13 @@ def _decode_splits(q, k, v, position, splits):
 
 
 def _save(ctx, inputs, output):
-    q, k, v, cu_seqlens, ctx.window = inputs
+    q, k, v, cu_seqlens, *ctx.visible = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens)
 
 
 def _backward(ctx, do, _):
     q, k, v, o, lse, cu_seqlens = ctx.saved_tensors
-    return *_attention_backward(q, k, v, o, lse, do, cu_seqlens, ctx.window), None, None
+    return *_attention_backward(q, k, v, o, lse, do, cu_seqlens, *ctx.visible), None, None, None
 
 
 # What torch.compile has to know of an operator that it doesn't look into: gradient and shapes.
@@ -692,10 +733,12 @@ def _dense(*tensors):
     return (x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
-def _check(q, k, v, window, cu_seqlens):
+def _check(q, k, v, window, cu_seqlens, sinks):
     """Everything that a kernel would answer with wrong numbers; ValueError."""
     if window is not None and (type(window) is not int or window < 1):
         raise ValueError(f"window must be an int >= 1 or None, got {window!r}")
+    if type(sinks) is not int or sinks < 0:
+        raise ValueError(f"sinks must be an int >= 0, got {sinks!r}")
     shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(f"expected q (B, T, H, D) and k, v (B, S, Hkv, D), got {shapes}")
@@ -716,34 +759,40 @@ def _check(q, k, v, window, cu_seqlens):
             raise ValueError(f"cu_seqlens must rise from 0 to T = {T}, got {ends}")
 
 
-def swa_attention(q, k, v, window=None, cu_seqlens=None):
-    """Causal attention of each query to the last `window` keys, its own counted; None: to all.
+def swa_attention(q, k, v, window=None, cu_seqlens=None, sinks=0):
+    """Causal attention of each query to the last `window` keys, its own counted; None: to all. And
+    to the first `sinks` keys of its row.
 
     q (B, T, H, D); k, v (B, S, Hkv, D), H a multiple of Hkv, S >= T: the queries are the last T of
     S positions (S > T for a chunk of a prompt). Returns (B, T, H, D), differentiable. cu_seqlens,
     int32 (N + 1,) from 0 to T, packs N rows, empty ones too, into B = 1. Scores are scaled by
-    D**-0.5. ValueError for window < 1 or shapes that don't fit. Source: Mistral 7B, section 2.
+    D**-0.5. ValueError for window < 1, sinks < 0 or shapes that don't fit. Source: Mistral 7B,
+    section 2.
     """
-    _check(q, k, v, window, cu_seqlens)
+    _check(q, k, v, window, cu_seqlens, sinks)
     if q.numel() == 0:
         return q.clone()
     if _use_triton(q):
-        window = k.shape[1] if window is None else min(window, k.shape[1])
-        return _attention(*_dense(q, k, v), cu_seqlens, window)[0]
+        S = k.shape[1]
+        if window is None or max(window, sinks) >= S:           # everything is seen
+            window, sinks = S, 0
+        return _attention(*_dense(q, k, v), cu_seqlens, window, sinks)[0]
     if cu_seqlens is not None:
-        return _packed_torch(q, k, v, window, cu_seqlens)
-    return _attention_torch(q, k, v, window)
+        return _packed_torch(q, k, v, window, cu_seqlens, sinks)
+    return _attention_torch(q, k, v, window, sinks)
 
 
-def swa_decode(q, k_cache, v_cache, position):
+def swa_decode(q, k_cache, v_cache, position, sinks=0):
     """Attention of one new query a row to its ring cache, in which its own key is already written.
 
     q (B, H, D); caches (B, S, Hkv, D), position p in slot p % S, so S is the window; position (B,)
-    int >= 0, each query's own index. Returns (B, H, D), not differentiable. Slots that position has
-    not reached may hold anything, NaN too. On a GPU the grid follows from shapes and nothing waits
-    for the host, so a CUDA graph can capture it. ValueError for shapes that don't fit.
+    int >= 0, each query's own index. With sinks the first so many slots keep the first keys, and
+    the others are the ring: as slots fill in order all the same, that is the writer's affair, and
+    nothing changes here. Returns (B, H, D), not differentiable. Slots that position has not reached
+    may hold anything, NaN too. On a GPU the grid follows from shapes and nothing waits for the
+    host, so a CUDA graph can capture it. ValueError for shapes that don't fit.
     """
-    _check(q[:, None], k_cache, v_cache, None, None)
+    _check(q[:, None], k_cache, v_cache, None, None, sinks)
     if position.shape != q.shape[:1] or position.is_floating_point():
         raise ValueError(f"position must be int ({len(q)},), got {position.dtype} "
                          f"{tuple(position.shape)}")

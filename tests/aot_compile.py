@@ -61,7 +61,8 @@ def build(name, dtype, sm, constants, warps, stages):
         usage, sass = (subprocess.run([CUOBJDUMP, flag, file.name], capture_output=True, text=True,
                                       check=True).stdout for flag in ("-res-usage", "-sass"))
     return {"kernel": name, "dtype": dtype, "sm": sm, "D": constants["D"],
-            "packed": constants.get("PACKED", False), "warps": warps, "stages": stages,
+            "packed": constants.get("PACKED", False), "sinks": constants.get("SINKS", 0),
+            "warps": warps, "stages": stages,
             "tile": [constants[x] for x in ("BM", "BG", "BN", "BS") if x in constants],
             "registers": int(re.search(r"REG:(\d+)", usage)[1]),
             "stack": int(re.search(r"STACK:(\d+)", usage)[1]), "loop_spills": loop_spills(sass),
@@ -74,6 +75,7 @@ def main():
     parser.add_argument("--sm", type=int, nargs="+", default=[80, 89, 90, 100], help="targets")
     parser.add_argument("--dims", type=int, nargs="+", default=[32, 64, 96, 128], help="head sizes")
     parser.add_argument("--dtypes", nargs="+", default=["bf16"], help="bf16, fp16, fp32")
+    parser.add_argument("--sinks", type=int, default=0, help="keys visible to all queries")
     parser.add_argument("--packed", action="store_true", help="the variant for cu_seqlens")
     args = parser.parse_args()
     for sm in args.sm:
@@ -84,7 +86,8 @@ def main():
                 tiles = swa.TILES[BD, "sm_90" if sm in (90, 100) else "sm_80"]
                 for name, tile in zip(TRAINING, tiles, strict=True):
                     BM, BN, warps, stages = swa.FP32_TILE if dtype == "fp32" else tile
-                    constants = packed | {"D": D, "BD": BD, "BM": BM, "BN": BN}
+                    constants = packed | {"D": D, "BD": BD, "BM": BM, "BN": BN,
+                                          "SINKS": args.sinks}
                     print(json.dumps(build(name, dtype, sm, constants, warps, stages)), flush=True)
                 BN = 32 if dtype == "fp32" else 64
                 for name, tile in (("_decode", {"BG": 16, "BN": BN}), ("_combine", {"BS": 128})):

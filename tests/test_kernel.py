@@ -74,18 +74,18 @@ def cumulative(lengths, device="cpu"):
     return torch.tensor([0, *lengths], device=device).cumsum(0).int()
 
 
-def visible(T, S, window, lengths=None):
+def visible(T, S, window, lengths=None, sinks=0):
     """(T, S) bool by the definition, entry by entry, and apart from the module's own code."""
-    row = sum(([n] * length for n, length in enumerate(lengths)), []) if lengths else [0] * S
-    mask = [[0 <= S - T + t - j < (window or S) and row[S - T + t] == row[j] for j in range(S)]
-            for t in range(T)]
+    places = [(n, p) for n, length in enumerate(lengths or [S]) for p in range(length)]
+    mask = [[n == m and 0 <= i - j and (i - j < (window or S) or j < sinks) for m, j in places]
+            for n, i in places[S - T:]]
     return torch.tensor(mask, dtype=torch.bool).view(T, S)
 
 
-def oracle(q, k, v, window=None, lengths=None):
+def oracle(q, k, v, window=None, lengths=None, sinks=0):
     """Output, log-sum-exp (B, H, T) and inputs, in fp64 on the CPU."""
     q, k, v = (x.detach().cpu().double().requires_grad_() for x in (q, k, v))
-    mask = visible(q.shape[1], k.shape[1], window, lengths)
+    mask = visible(q.shape[1], k.shape[1], window, lengths, sinks)
     wide = [x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (q, k, v)]
     o = F.scaled_dot_product_attention(*wide, attn_mask=mask).transpose(1, 2)
     scores = wide[0] @ wide[1].mT * q.shape[-1] ** -0.5
@@ -101,11 +101,11 @@ def close(actual, expected, tolerance=None, what=""):
     assert error <= tolerance * scale, f"{what}: error {error:.1e} at scale {scale:.1e}"
 
 
-def compare(q, k, v, window=None, lengths=None, tolerance=None):
+def compare(q, k, v, window=None, lengths=None, tolerance=None, sinks=0):
     """Output and all three gradients against the oracle."""
     cu_seqlens = cumulative(lengths, q.device) if lengths else None
-    o = swa_attention(q, k, v, window, cu_seqlens)
-    o_ref, _, inputs = oracle(q, k, v, window, lengths)
+    o = swa_attention(q, k, v, window, cu_seqlens, sinks)
+    o_ref, _, inputs = oracle(q, k, v, window, lengths, sinks)
     close(o, o_ref, tolerance, "o")
     do = torch.randn_like(o)
     grads = torch.autograd.grad(o, (q, k, v), do)
@@ -117,97 +117,109 @@ def compare(q, k, v, window=None, lengths=None, tolerance=None):
 # --------------------------------------------------------------------------------- attention
 
 
+@pytest.mark.parametrize("sinks", [0, 1, BLOCK, 2 * BLOCK + 1, 200])
 @pytest.mark.parametrize("window", [
     1, 2, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 2 * BLOCK + 1, 99, 100, 107, None])
-def test_one_hot_values_show_the_mask(device, window):
+def test_one_hot_values_show_the_mask(device, window, sinks):
     T = 100
     q, k, _ = tensors(device, T, 2, 1, 128, grad=False)
     v = torch.eye(T, 128, device=device, dtype=q.dtype)[None, :, None]
-    o = swa_attention(q * 0, k, v, window)[0, :, :, :T].cpu()
-    mask = visible(T, T, window)
+    o = swa_attention(q * 0, k, v, window, sinks=sinks)[0, :, :, :T].cpu()
+    mask = visible(T, T, window, sinks=sinks)
     assert torch.equal(o > 0, mask[:, None].expand(T, 2, T))
     close(o[:, 0], mask.double() / mask.sum(1, keepdim=True))
 
 
+@pytest.mark.parametrize("sinks", [0, 20])
 @pytest.mark.parametrize(("T", "window", "H", "Hkv", "D"), [
     (1, None, 1, 1, 64), (15, 4, 2, 1, 64), (16, 16, 2, 2, 128), (17, 1, 4, 1, 32),
     (63, 20, 6, 1, 64), (64, 64, 7, 1, 32), (65, 33, 8, 1, 64), (127, 31, 2, 1, 96),
     (130, 32, 2, 1, 64), (130, None, 2, 1, 128), (130, 129, 1, 1, 32), (130, 500, 1, 1, 32),
     (130, 65, 2, 1, 80), (130, 2, 1, 1, 64), (130, 2 * BLOCK - 1, 1, 1, 32)])
-def test_attention_and_gradients(device, T, window, H, Hkv, D):
-    compare(*tensors(device, T, H, Hkv, D, B=2 if T < 64 else 1), window)
+def test_attention_and_gradients(device, T, window, H, Hkv, D, sinks):
+    compare(*tensors(device, T, H, Hkv, D, B=2 if T < 64 else 1), window, sinks=sinks)
 
 
+@pytest.mark.parametrize("sinks", [0, 5])
 @pytest.mark.parametrize(("S", "window", "lengths"), [
     (70, 24, None), (100, 100, None), (70, 33, [30, 1, 0, 39])])
 @kernels_only
-def test_log_sum_exp_is_in_base_2(S, window, lengths):
+def test_log_sum_exp_is_in_base_2(S, window, lengths, sinks):
     q, k, v = tensors("cpu", 70, 2, 1, 32, S=S)
     cu_seqlens = cumulative(lengths) if lengths else None
-    lse = swa._attention(q, k, v, cu_seqlens, window)[1]
-    close(lse * math.log(2), oracle(q, k, v, window, lengths)[1])
+    lse = swa._attention(q, k, v, cu_seqlens, window, sinks)[1]
+    close(lse * math.log(2), oracle(q, k, v, window, lengths, sinks)[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("T", "window", "D"), [(130, 40, 64), (200, 150, 32), (150, None, 128)])
-def test_half_precision(device, dtype, T, window, D):
+@pytest.mark.parametrize(("T", "window", "D", "sinks"), [
+    (130, 40, 64, 0), (200, 150, 32, 0), (150, None, 128, 0), (200, 40, 64, 70)])
+def test_half_precision(device, dtype, T, window, D, sinks):
     if INTERPRET and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter computes bf16 wrongly")
     tolerance = 3e-3 if dtype == torch.float16 else 2e-2
-    compare(*tensors(device, T, 2, 1, D, dtype=dtype), window, tolerance=tolerance)
+    compare(*tensors(device, T, 2, 1, D, dtype=dtype), window, None, tolerance, sinks)
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize(("lengths", "window"), [
     ([1], None), ([1, 1, 1], 2), ([40, 40, 40], None), ([40, 40, 40], 24), ([32, 32], 32),
     ([0, 7, 0, 0, 64, 33, 0], None), ([0, 7, 0, 0, 64, 33, 0], 24), ([0, 70, 33], 1),
     ([5, 1, 9, 2, 3, 8, 4, 6], None), ([5, 1, 9, 2, 3, 8, 4, 6], 5), ([100], 40)])
-def test_packed(device, lengths, window):
-    compare(*tensors(device, sum(lengths), 2, 1, 32), window, lengths)
+def test_packed(device, lengths, window, sinks):
+    compare(*tensors(device, sum(lengths), 2, 1, 32), window, lengths, sinks=sinks)
 
 
-def test_packed_is_separate_and_nan_stays_in_its_row(device):
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_packed_is_separate_and_nan_stays_in_its_row(device, sinks):
     lengths, window = [33, 20, 1, 50], 24
     q, k, v = tensors(device, sum(lengths), 2, 1, 64)
     with torch.no_grad():
         for x in (q, k, v):
             x[:, 33:53] = math.nan
-    o = swa_attention(q, k, v, window, cumulative(lengths, device))
+    o = swa_attention(q, k, v, window, cumulative(lengths, device), sinks)
     o.sum().backward()
     for lo, hi in ((0, 33), (53, 54), (54, 104)):
         row = [x.detach()[:, lo:hi].requires_grad_() for x in (q, k, v)]
-        alone = swa_attention(*row, window)
+        alone = swa_attention(*row, window, sinks=sinks)
         alone.sum().backward()
         close(o[:, lo:hi], alone)
         for x, y in zip((q, k, v), row, strict=True):
             close(x.grad[:, lo:hi], y.grad)
 
 
+@pytest.mark.parametrize("sinks", [0, 3, 36])
 @pytest.mark.parametrize(("T", "S", "window"), [
     (1, 40, 7), (30, 31, 5), (40, 100, 33), (64, 130, None), (33, 130, 70), (70, 130, 1),
     (5, 130, 16), (70, 69 + BLOCK, None), (70, 68 + BLOCK, 2 * BLOCK)])
-def test_chunk_of_a_prompt(device, T, S, window):
-    compare(*tensors(device, T, 2, 1, 32, S=S), window)
+def test_chunk_of_a_prompt(device, T, S, window, sinks):
+    compare(*tensors(device, T, 2, 1, 32, S=S), window, sinks=sinks)
 
 
+@pytest.mark.parametrize("sinks", [0, 3, 21])
 @pytest.mark.parametrize("chunk", [1, 16, 37])
-def test_chunks_are_one_shot(device, chunk):
+def test_chunks_are_one_shot(device, chunk, sinks):
+    """Each chunk against the keys that a ring still holds: the sinks and the last ones."""
     T, window = (74, 20) if chunk > 1 else (12, 5)
     q, k, v = tensors(device, T, 2, 1, 32, grad=False)
-    o = [swa_attention(q[:, t:t + chunk], *(x[:, max(0, t - window + 1):t + chunk] for x in (k, v)),
-                       window) for t in range(0, T, chunk)]
-    close(torch.cat(o, 1), swa_attention(q, k, v, window))
+    o = []
+    for t in range(0, T, chunk):
+        old = [p for p in range(t) if p < sinks or p > t - window]
+        held = [*old, *range(t, min(t + chunk, T))]
+        o.append(swa_attention(q[:, t:t + chunk], k[:, held], v[:, held], window, sinks=sinks))
+    close(torch.cat(o, 1), swa_attention(q, k, v, window, sinks=sinks))
 
 
-@pytest.mark.parametrize("window", [None, 20])
-def test_large_scores(device, window):
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (20, 0), (20, 5)])
+def test_large_scores(device, window, sinks):
     q, k, v = tensors(device, 70, 2, 1, 64)
     with torch.no_grad():
         q *= 100
         k *= 100 * 8                                  # scores of about 1e4 * sqrt(64)
     scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) / 8
     assert scores.abs().max() > 1e4
-    o = swa_attention(q, k, v, window)
-    close(o, oracle(q, k, v, window)[0], 1e-4)
+    o = swa_attention(q, k, v, window, sinks=sinks)
+    close(o, oracle(q, k, v, window, sinks=sinks)[0], 1e-4)
     for grad in torch.autograd.grad(o.sum(), (q, k, v)):
         assert grad.isfinite().all()
 
@@ -229,42 +241,45 @@ def test_gradients_are_the_same_bits_each_time(device, lengths):
     q, k, v = tensors(device, 100, 3, 1, 32)
     cu_seqlens = cumulative(lengths, device) if lengths else None
     do = torch.randn_like(q)
-    first, second = (torch.autograd.grad(swa_attention(q, k, v, 50, cu_seqlens), (q, k, v), do)
+    first, second = (torch.autograd.grad(swa_attention(q, k, v, 50, cu_seqlens, 3), (q, k, v), do)
                      for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_reach_is_layers_times_window_minus_one(device):
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_reach_is_layers_times_window_minus_one_and_the_sinks(device, sinks):
     T, window, layers = 70, 9, 3
     x = torch.randn(1, T, 2, 32, device=device, dtype=exact_dtype(device), requires_grad=True)
     h = x
     for _ in range(layers):
-        h = h + swa_attention(h, h, h, window)
+        h = h + swa_attention(h, h, h, window, sinks=sinks)
     h[0, -1].sum().backward()
     seen = x.grad[0].abs().sum((1, 2)) > 0
-    assert seen.tolist() == [t >= T - 1 - layers * (window - 1) for t in range(T)]
+    assert seen.tolist() == [t < sinks or t >= T - 1 - layers * (window - 1) for t in range(T)]
 
 
 def test_reference_is_the_definition(device):
-    for window, lengths, S in ((7, None, 40), (None, None, 50), (9, [0, 11, 29], 40)):
+    for window, lengths, S, sinks in ((7, None, 40, 0), (None, None, 50, 3), (7, None, 50, 3),
+                                      (9, [0, 11, 29], 40, 0), (9, [0, 11, 29], 40, 4)):
         q, k, v = tensors(device, 40, 4, 2, 16, S=S, dtype=torch.float64)
         cu_seqlens = cumulative(lengths, device) if lengths else None
-        o = swa_attention_reference(q, k, v, window, cu_seqlens)
-        close(o, oracle(q, k, v, window, lengths)[0])
+        o = swa_attention_reference(q, k, v, window, cu_seqlens, sinks)
+        close(o, oracle(q, k, v, window, lengths, sinks)[0])
 
 
-@settings(max_examples=12 if INTERPRET else 60, deadline=None, derandomize=True,
+@settings(max_examples=15 if INTERPRET else 100, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_shape(device, data):
     draw = data.draw
     Hkv, G = draw(st.sampled_from([(1, 1), (1, 2), (1, 3), (2, 1), (2, 2)]))
     D, window = draw(st.sampled_from([16, 32, 48])), draw(st.none() | st.integers(1, 90))
+    sinks = draw(st.sampled_from([0, 1, 4]) | st.integers(0, 100))
     lengths = draw(st.none() | st.lists(st.integers(0, 40), min_size=1, max_size=4))
     T = sum(lengths) if lengths is not None else draw(st.integers(1, 80))
     S = T if lengths is not None else T + draw(st.integers(0, 50))
     if T:
-        compare(*tensors(device, T, G * Hkv, Hkv, D, S=S), window, lengths)
+        compare(*tensors(device, T, G * Hkv, Hkv, D, S=S), window, lengths, sinks=sinks)
 
 
 def test_empty(device):
@@ -276,12 +291,12 @@ def test_empty(device):
 # ------------------------------------------------------------------------------------ decode
 
 
-def ring(x, positions, S):
+def ring(x, positions, S, sinks=0):
     """Caches (B, S, Hkv, D) after keys 0 .. position were written in turn; NaN elsewhere."""
     cache = torch.full((len(positions), S, *x.shape[2:]), math.nan, dtype=x.dtype, device=x.device)
     for b, position in enumerate(positions):
         for p in range(position + 1):
-            cache[b, p % S] = x[b, p]
+            cache[b, p if p < sinks else sinks + (p - sinks) % (S - sinks)] = x[b, p]
     return cache
 
 
@@ -289,19 +304,22 @@ def decode_positions(W):
     return [0, 1, W - 2, W - 1, W, W + 1, 3 * W + 5]
 
 
-@pytest.mark.parametrize(("W", "H", "Hkv", "D"), [
-    (24, 2, 1, 32), (33, 6, 2, 64), (70, 7, 1, 128), (64, 3, 3, 96), (40, 20, 1, 32)])
-def test_decode_is_the_last_row_of_prefill(device, W, H, Hkv, D):
+@pytest.mark.parametrize(("W", "H", "Hkv", "D", "sinks"), [
+    (24, 2, 1, 32, 0), (33, 6, 2, 64, 0), (70, 7, 1, 128, 0), (64, 3, 3, 96, 0), (40, 20, 1, 32, 0),
+    (24, 2, 1, 32, 4), (33, 6, 2, 64, 70), (1, 2, 1, 32, 1)])
+def test_decode_is_the_last_row_of_prefill(device, W, H, Hkv, D, sinks):
     """Rows at different positions in one call, unwritten slots full of NaN."""
-    positions = decode_positions(W)
+    S = sinks + W
+    positions = [p for p in decode_positions(W) + decode_positions(S) if p >= 0]
     q, k, v = tensors(device, max(positions) + 1, H, Hkv, D, B=len(positions), grad=False)
     queries = torch.stack([q[b, p] for b, p in enumerate(positions)])
     at = torch.tensor(positions, device=device)
     for position in (at, at.int()):
-        o = swa_decode(queries, ring(k, positions, W), ring(v, positions, W), position)
+        caches = (ring(x, positions, S, sinks) for x in (k, v))
+        o = swa_decode(queries, *caches, position, sinks)
         for b, p in enumerate(positions):
             row = (x[b:b + 1, :p + 1] for x in (q, k, v))
-            close(o[b], oracle(*row, W)[0][0, -1])
+            close(o[b], oracle(*row, W, sinks=sinks)[0][0, -1])
 
 
 def test_decode_in_half_precision_from_strided_caches(device):
@@ -354,9 +372,11 @@ def test_more_splits_than_blocks():
 
 
 @pytest.mark.parametrize("window", [0, -1, 2.0, True, "4"])
-def test_bad_window(device, window):
+def test_bad_window_and_sinks(device, window):
     with pytest.raises(ValueError, match="window"):
         swa_attention(*tensors(device, 4, 2, 1, 32), window)
+    with pytest.raises(ValueError, match="sinks"):
+        swa_attention(*tensors(device, 4, 2, 1, 32), 2, sinks=window or -2)
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -391,7 +411,7 @@ def test_compile_and_checkpoint(device):
     inputs = tensors(device, 70, 4, 2, 32)
 
     def run(q, k, v):
-        return swa_attention(q, k, v, 20) * 2
+        return swa_attention(q, k, v, 20, sinks=3) * 2
 
     expected = run(*inputs)
     grads = torch.autograd.grad(expected.sum(), inputs)
@@ -405,8 +425,8 @@ def test_compile_and_checkpoint(device):
 @kernels_only
 def test_operators_are_registered_correctly():
     q, k, v = tensors("cpu", 40, 2, 1, 32, dtype=torch.float16)
-    torch.library.opcheck(swa._attention, (q, k, v, None, 20))
-    torch.library.opcheck(swa._attention, (q, k, v, cumulative([30, 10]), 20))
+    torch.library.opcheck(swa._attention, (q, k, v, None, 20, 0))
+    torch.library.opcheck(swa._attention, (q, k, v, cumulative([30, 10]), 20, 3))
     torch.library.opcheck(swa._decode_splits, (q[:, 0].detach(), k.detach(), v.detach(),
                                                torch.tensor([3]), 2))
 
@@ -478,8 +498,8 @@ LOOP_SPILLS = {("_backward_kv", 90, 128): 48}                    # instructions;
 @parent_only
 @needs_triton
 @pytest.mark.parametrize("arguments", [
-    "--sm 90 --dims 64 128", "--sm 80 100 --dims 128", "--sm 89 --dims 96 --packed",
-    "--sm 89 --dims 128 --dtypes fp32"])
+    "--sm 90 --dims 64 128", "--sm 90 --dims 64 128 --sinks 70", "--sm 80 100 --dims 128",
+    "--sm 89 --dims 96 --packed", "--sm 89 --dims 128 --dtypes fp32"])
 def test_ahead_of_time(arguments):
     """Without a GPU: it compiles, fits, hardly spills, and uses Hopper's matrix instructions."""
     script = Path(__file__).with_name("aot_compile.py")

@@ -141,12 +141,19 @@ def test_smollm2_logits_and_greedy_text(smollm2):
     assert "Paris" in tokenizer.decode(rollout.tokens)
 
 
-def test_nobody_else_opens_full_layers_without_rope(tmp_path):
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "llama"])
+@pytest.mark.parametrize("own", [{"nope_full": True}, {"sinks": 2},
+                                 {"sinks": 2, "nope_full": True}])
+def test_nobody_else_opens_sinks_and_full_layers_without_rope(tmp_path, own, kind):
     transformers = pytest.importorskip("transformers")
-    ours = tiny(full_layers=(1,), nope_full=True)
-    assert (ours(tokens_of(1, 9)) - tiny(full_layers=(1,))(tokens_of(1, 9))).abs().max() > 1e-3
+    ours = tiny(full_layers=(1,), model_type=kind, **own)
+    x = tokens_of(1, 3 * W)
+    plain = tiny(full_layers=(1,), model_type=kind)
+    assert (ours(x) - plain(x)).abs().max() > 1e-3
     ours.save_pretrained(tmp_path)
-    close(Transformer.from_pretrained(tmp_path)(tokens_of(1, 9)), ours(tokens_of(1, 9)))
+    again = Transformer.from_pretrained(tmp_path)
+    assert {name: getattr(again.config, name) for name in own} == own
+    close(again(x), ours(x))
     with pytest.raises((ValueError, OSError)):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
 
@@ -186,19 +193,21 @@ def test_types_under_autocast_on_a_gpu(family):
 # -------------------------------------------------------------------------------- full and cached
 
 
-@pytest.mark.parametrize("full_layers", [(), (1,)])
-def test_reach_is_layers_times_window_minus_one(full_layers):
-    ours, T = tiny(full_layers=full_layers), 20
+@pytest.mark.parametrize(("full_layers", "sinks"), [((), 0), ((), 3), ((1,), 0)])
+def test_reach_is_layers_times_window_minus_one_and_the_sinks(full_layers, sinks):
+    ours, T = tiny(full_layers=full_layers, sinks=sinks), 20
     seen = []
     ours.model.embed_tokens.register_forward_hook(
         lambda module, _, x: seen.append(x.requires_grad_()) or x)
     ours(tokens_of(1, T))[0, -1].sum().backward()
     touched = seen[0].grad[0].abs().sum(-1).nonzero()[:, 0].tolist()
-    assert touched == list(range(0 if full_layers else T - 1 - 3 * (W - 1), T))
+    near = range(0 if full_layers else T - 1 - 3 * (W - 1), T)
+    assert touched == [*range(sinks), *near]
 
 
-def test_packed_rows_are_separate_rows():
-    ours, lengths = tiny(), [1, W, 13, 2]
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_packed_rows_are_separate_rows(sinks):
+    ours, lengths = tiny(sinks=sinks), [1, W, 13, 2]
     x = tokens_of(1, sum(lengths))
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int()
     apart = torch.cat([ours(part) for part in x.split(lengths, 1)], 1)
@@ -226,7 +235,9 @@ def test_score_in_chunks(monkeypatch, temperature):
 
 
 KINDS = {"windowed": {}, "mixed": {"full_layers": (0,)}, "full": {"window": None},
-         "W=1": {"window": 1}, "qwen2": {"model_type": "qwen2"}}
+         "W=1": {"window": 1}, "qwen2": {"model_type": "qwen2"}, "sinks": {"sinks": 3},
+         "sinks, W=1, mixed": {"sinks": 1, "window": 1, "full_layers": (1,)},
+         "sinks beyond the window": {"sinks": 2 * W}, "nothing but sinks": {"sinks": 8 * W}}
 
 
 @torch.no_grad()
@@ -274,6 +285,8 @@ def test_cache_memory_is_constant_under_a_window():
     assert size(100, full_layers=(1,)) < size(10_000, full_layers=(1,))
     assert size(100, window=None) * 100 == size(10_000, window=None)
     assert size(2) < size(100)  # a ring longer than the longest sequence would be wasted
+    assert size(10_000, sinks=3) == 3 * 2 * 3 * (W + 3) * 2 * 8 * 2
+    assert size(W + 2, sinks=3) == size(W + 2, window=None)
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -291,7 +304,7 @@ def greedy(ours, prompt, n):
 
 
 @pytest.mark.parametrize("prefill_tokens", [4, 16, 8192])
-@pytest.mark.parametrize("kind", ["windowed", "mixed", "full"])
+@pytest.mark.parametrize("kind", ["windowed", "mixed", "full", "sinks"])
 def test_greedy_is_the_argmax_of_the_full_forward(monkeypatch, kind, prefill_tokens):
     monkeypatch.setattr(nano, "PREFILL_TOKENS", prefill_tokens)
     ours = tiny(**KINDS[kind])
@@ -437,8 +450,9 @@ def test_cancelled_generation_frees_its_memory(monkeypatch):
 
 
 def test_window_of_a_folder(tmp_path):
-    """A converted model keeps its window unless told otherwise; tokenizer files come along."""
-    ours = tiny()
+    """A converted model keeps its window unless told otherwise, and its sinks beside any window;
+    tokenizer files come along."""
+    ours = tiny(sinks=2)
     ours.tokenizer_files = {"tokenizer.json": b"{}"}
     ours.save_pretrained(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == b"{}"
@@ -447,6 +461,7 @@ def test_window_of_a_folder(tmp_path):
     for window, same in (("config", True), (W, True), (None, False), (W + 1, False)):
         again = Transformer.from_pretrained(tmp_path, window, dtype=torch.float64)
         assert again.config.window == (W if window == "config" else window)
+        assert again.config.sinks == (2 if window else 0)
         assert torch.allclose(again(x), ours(x)) == same
     assert Transformer.from_pretrained(tmp_path, dtype=torch.bfloat16).dtype == torch.bfloat16
     for window in (0, -1, 2.0, True, "5", "full"):
@@ -543,6 +558,7 @@ ENTRIES = {  # what config.json says -> what the message says
                         {"rope_theta": "x"}, {"rope_theta": -5.0}],
     "rope_theta": [float("nan"), float("inf"), "10000", -1, [1]],
     "tie_word_embeddings": ["false", 0, "no"],
+    "sinks": [-1, 256, "4", 2.5, True, 10**30, [4]],
     "use_sliding_window": ["false", 1],
     "sliding_window": ["5", -1, 2.5, 10**30, [5], True],
     "max_window_layers": ["2", -1],

@@ -234,7 +234,9 @@ FOLDERS = {  # flags -> the folder in <out>/<model>
     "--model tiny": "tiny/sft-w24", "--model tiny --window full --full-layers 1": "tiny/sft-wfull",
     "--model tiny --full-layers 2,1": "tiny/sft-w24-full1.2", "--model a/b": "b/sft-w4096",
     "--model tiny --window 9 --full-layers 1 --nope-full": "tiny/sft-w9-full1-nope",
-    "--model tiny --nope-full": "tiny/sft-w24",
+    "--model tiny --nope-full": "tiny/sft-w24", "--model tiny --sinks 4": "tiny/sft-w24-sinks4",
+    "--model tiny --window full --sinks 4": "tiny/sft-wfull",
+    "--model tiny --window 9 --full-layers 1 --sinks 2": "tiny/sft-w9-sinks2-full1",
 }
 
 
@@ -659,8 +661,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(after_sft, monkeypatch):
 
 
 @pytest.mark.parametrize("more", ["", "--full-layers 1", "--full-layers 1 --nope-full",
-                                  "--window-from 60", "--window full",
-                                  "--window full --full-layers 1 --nope-full"])
+                                  "--window-from 60", "--window full", "--sinks 4",
+                                  "--window-from 60 --sinks 4 --full-layers 1",
+                                  "--window full --full-layers 1 --nope-full --sinks 4"])
 def test_a_folder_is_the_model_that_was_trained(tmp_path, more, stop_at_2):
     """The loss that was logged last is that of the saved model, also after a resume."""
     text = f"{SFT} --lr 0.01 {more}"
@@ -672,6 +675,7 @@ def test_a_folder_is_the_model_that_was_trained(tmp_path, more, stop_at_2):
     assert model.config.window == (None if "--window full" in more else 24)
     assert model.config.full_layers == ((1,) if "layers" in more and model.config.window else ())
     assert model.config.nope_full == ("nope" in more)
+    assert model.config.sinks == (4 if "sinks" in more and model.config.window else 0)
     settings = settled("sft", tmp_path, text)
     _, held = settings.task.sft(settings)
     held = convert_sft.sft_rows(settings, Tokenizer(model.tokenizer_files), held)
