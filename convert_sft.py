@@ -1513,6 +1513,7 @@ class RunningSums(TinyTask):
     pretraining = {"steps": 1500, "rounds": 4, "batch": 16, "length": 128, "lr": 3e-3,
                    "warmup": 75, "pass": 0.98}
     measures = {"restatements": lambda response: response.count("[")}
+    longest_prompt = 18  # tokens, of 8 operands
 
     def size(self, problem):
         return len(problem) // 2  # operands
@@ -1621,6 +1622,7 @@ class RollCall(TinyTask):
     """
 
     letters = "abcdefghijklmnop"
+    longest_prompt = 2
     tokens = [*letters, *(str(n) for n in range(2, 17))]
     config = replace(RunningSums.config, vocab_size=34, intermediate_size=256)
     defaults = {

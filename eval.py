@@ -50,6 +50,7 @@ from convert_sft import (
     describe_machine,
     load_hub,
     load_problems,
+    make_row,
     markdown,
     new_figure,
     pick_device,
@@ -661,10 +662,10 @@ def dose(args):
     for p in (0, 0.01, 0.02, 0.05, 0.1):
         table[f"{p:g}"] = lambda seed, p=p: plan(args, seed, f"dose/{p:g}",
                                                  rows=task.restating(p, seed))
-    table["as shipped, 0.26"] = partial(plan, args)
-    table["as shipped, base without"] = partial(plan, args, model="tiny-unrestated")
+    table["0.26, as shipped"] = partial(plan, args)
+    table["0.26, base without"] = partial(plan, args, model="tiny-unrestated")
     found = run_grid(args, table)
-    rows = [{"restating": label, "stage": f"SWA-{stage.upper()}", **cells(found[label], stage)}
+    rows = [{"restating": label, "stage": f"after {stage.upper()}", **cells(found[label], stage)}
             for label in found for stage in ("sft", "rl")]
     panel = grouped("", rows, "restating", "stage",
                     xlabel="probability of restating, a step of SFT's solutions")
@@ -758,7 +759,10 @@ def strategies(args):
     table = way("none", start=lambda seed: policy(args, seed, "SA-SFT"))
     table |= {"direct": partial(plan, args, full_layers=())}
     table |= way("shrinking", window_from=4 * plain.window)
+    sinks = max(1, plain.window // 6) if plain.tiny else 4
+    table |= way(f"{sinks} sink{'s' * (sinks > 1)}", sinks=sinks)
     if plain.tiny:
+        table |= way("kept prompt", sinks=plain.task.longest_prompt)
         table |= way("1 full layer", full_layers=(1,))
     hybrid = "2 full layers" if plain.tiny else "hybrid"
     table |= way(hybrid, full_layers=plain.full_layers or (1, 2))
@@ -766,8 +770,14 @@ def strategies(args):
         table |= way(kind, rows=lambda seed, kind=kind: plain.task.other_solutions(seed)[kind])
     table |= {"SA": partial(plan, args, window=None, full_layers=())}
     found = run_grid(args, table)
-    rows = [{"strategy": label, "stage": f"after {stage.upper()}", **cells(found[label], stage)}
-            for label in found for stage in ("sft", "rl")]
+    rows = []
+    for label in found:
+        for stage in ("sft", "rl"):
+            row = {"strategy": label, "stage": f"after {stage.upper()}"}
+            if plain.task.size:  # shorter problems' answers lie among the first tokens, too
+                largest = by_size(args, [result[stage] for result in found[label]]).popitem()
+                row[f"T=1, size {largest[0]}"] = largest[1]
+            rows.append(row | cells(found[label], stage))
     return rows, {"strategies": [grouped("conversion strategies", rows, "strategy", "stage")]}
 
 
@@ -927,77 +937,115 @@ def example_strips(found, W):
             for label, t in zip(labels, pair)]
 
 
-def reach_example(rng, tokenizer, length, distance, queries=0.0):
-    """Letters with one digit among them and `?` at the end, `distance` tokens after the digit ->
-    (tokens, targets): the digit is asked for under that `?`, and, with queries > 0, also under
-    some on the way, which makes training fast."""
-    letters, digits, (query,) = (  # one by one: a real tokenizer would merge them
-        [tokenizer.encode(c)[0] for c in text] for text in ("abcdefghijkl", "0123456789", "?"))
-    tokens, fact = rng.choice(letters, length), length - 1 - distance
-    digit = rng.choice(digits)
-    asked = (np.arange(length) > fact) & (rng.random(length) < queries)
-    asked[-1] = True
-    tokens[asked], tokens[fact] = query, digit
-    return tokens.tolist(), np.where(asked, digit, -1).tolist()
-
-
 @dataclass
-class Retrieval:
-    """How a model is trained on retrieval, and on how many examples a distance it is tested."""
+class Evidence:
+    """How reach trains, and on how many examples a distance it is tested."""
 
-    steps: int = 300
+    steps: int = 300  # of SFT
+    rl_steps: int = 40
     batch: int = 32
     lr: float = 3e-3
     n: int = 500
 
 
-def reach_run(folder, settings, full_layers, distances, length, how):
-    """Trains on retrieval -> scores (n, 1) at each distance: the tiny model from scratch, a real
-    one from its checkpoint."""
+FAMILIES = {"retrieval": 1, "multi-evidence": 3}  # how many facts the answer needs
+
+
+def reach_example(rng, tokenizer, length, distance, facts=1, queries=0.0):
+    """Letters with digits among them and `?` at the end, `distance` tokens after the first digit ->
+    (tokens, targets).
+
+    One fact: the answer is that digit. Several, each 0 or 1, at random places from the first on:
+    the answer is how many are 1. It is asked for under the last `?`, and, with queries > 0, also
+    under some after the last fact, which makes training fast.
+    """
+    letters, digits, (query,) = (  # one by one: a real tokenizer would merge them
+        [tokenizer.encode(c)[0] for c in text] for text in ("abcdefghijkl", "0123456789", "?"))
+    tokens, first = rng.choice(letters, length), length - 1 - distance
+    others = rng.choice(np.arange(first + 1, length - 1), min(facts, distance) - 1, replace=False)
+    at = np.array([first, *others])
+    values = rng.integers(2 if facts > 1 else 10, size=len(at))
+    asked = (np.arange(length) > at.max()) & (rng.random(length) < queries)
+    asked[-1] = True
+    tokens[asked], tokens[at] = query, np.array(digits)[values]
+    return tokens.tolist(), np.where(asked, digits[values.sum()], -1).tolist()
+
+
+def reach_run(folder, settings, config, distances, length, how, facts):
+    """Trains on a family by SFT, then by GRPO on its outcome -> {"sft", "rl"}: scores (n, 1) at
+    each distance. The tiny model starts from scratch, a real one from its checkpoint."""
     if settings.tiny:
         model = untrained(settings.tiny, settings.seed)
     else:
         model = Transformer.from_pretrained(settings.model, dtype=torch.float32)
-    model.config = replace(model.config, window=settings.window, sinks=settings.sinks,
-                           full_layers=full_layers)
+    model.config = replace(model.config, window=settings.window, **config)
     tokenizer, device = Tokenizer(model.tokenizer_files), settings.start_device()
-    trainer = Trainer(model, device, settings.micro_tokens)
-    run = Run(settings, folder,
-              {"stage": "reach", "seed": settings.seed, "steps": how.steps})
-    if run.finished(how.steps):
-        trainer.model = model = Transformer.from_pretrained(folder, device=device)
-    else:
-        train_retrieval(run, trainer, tokenizer, length, settings, how)
-    found, rng = [], np.random.default_rng([settings.seed, 15])
-    for distance in distances:
-        examples = [reach_example(rng, tokenizer, length, distance) for _ in range(how.n)]
-        scores = []
-        for part in torch.tensor(examples, device=device).split(100):
-            tokens, targets = part.unbind(1)  # (n, T) each
-            with torch.no_grad():
-                guess = model.logits(model.states(tokens)[:, -1]).argmax(-1)
-            scores += (guess == targets[:, -1]).int()[:, None].tolist()
-        found.append(scores)
+    trainer, found = Trainer(model, device, settings.micro_tokens), {}
+    for stage, steps, step_of in (("sft", how.steps, evidence_sft), ("rl", how.rl_steps,
+                                                                     evidence_rl)):
+        run = Run(settings, folder / stage, {"stage": f"reach {stage}", "seed": settings.seed,
+                                             "steps": steps})
+        if run.finished(steps):
+            weights = Transformer.from_pretrained(run.folder, device=device).state_dict()
+            trainer.model.load_state_dict(weights)
+        else:
+            trainer.reset_optimizer()
+            run.start(trainer)
+            for step in run.steps(steps):
+                rng = np.random.default_rng([settings.seed, 14, step])
+                step_of(trainer, tokenizer, rng, step, length, settings, how, facts)
+                run.log({}, f"{folder.name} {stage} step {step + 1}/{steps}", every=10)
+            run.finish()
+        found[stage] = [reach_scores(model, tokenizer, settings, d, length, how.n, facts)
+                        for d in distances]
     return found
 
 
-def train_retrieval(run, trainer, tokenizer, length, settings, how):
-    run.start(trainer)
-    for step in run.steps(how.steps):
-        rng, rows = np.random.default_rng([settings.seed, 14, step]), []
-        for _ in range(how.batch):
-            distance = rng.integers(1, length)
-            tokens, targets = reach_example(rng, tokenizer, length, distance, queries=0.3)
-            rows.append({"tokens": tokens, "targets": targets})
-        asked = sum(t >= 0 for row in rows for t in row["targets"])
-        lr = schedule(step, how.steps, how.lr, how.steps // 10, "linear", decay_from=0.6)
-        trainer.update(rows, lambda logprobs, _, asked=asked: -logprobs.sum() / asked, lr)
-        run.log({}, f"reach w={settings.window or 'full'} step {step + 1}/{how.steps}", every=10)
-    run.finish()
+def evidence_sft(trainer, tokenizer, rng, step, length, settings, how, facts):
+    rows = []
+    for _ in range(how.batch):
+        tokens, targets = reach_example(rng, tokenizer, length, rng.integers(1, length), facts, 0.3)
+        rows.append({"tokens": tokens, "targets": targets})
+    asked = sum(t >= 0 for row in rows for t in row["targets"])
+    lr = schedule(step, how.steps, how.lr, how.steps // 10, "linear", decay_from=0.6)
+    trainer.update(rows, lambda logprobs, _: -logprobs.sum() / asked, lr)
+
+
+def evidence_rl(trainer, tokenizer, rng, step, length, settings, how, facts, group=8):
+    """A step of GRPO whose answers are one token, sampled at T=1."""
+    examples = [reach_example(rng, tokenizer, length, rng.integers(1, length), facts)
+                for _ in range(how.batch // 2)]
+    tokens, targets = torch.tensor(examples, device=trainer.device).unbind(1)  # (P, T)
+    with torch.no_grad():
+        logprobs = log_softmax(trainer.model.logits(trainer.model.states(tokens)[:, -1]))
+    generator = torch.Generator(trainer.device).manual_seed(int(rng.integers(2**62)))
+    answers = torch.multinomial(logprobs.exp(), group, True, generator=generator)  # (P, G)
+    rewards = (answers == targets[:, -1:]).float()
+    advantages = rl.advantages_of(rewards, settings)
+    rows = [make_row(prompt, [answer], advantage=[a], mask=[1.0],
+                     rollout_logprobs=[logprobs[i, answer].item()])
+            for i, prompt in enumerate(tokens.tolist())
+            for answer, a in zip(answers[i].tolist(), advantages[i].tolist()) if a]
+    if rows:
+        rl.update_policy(trainer, rows, rewards.numel(), how.lr / 10, settings,
+                         {"logp_gap": 0.0, "tokens": 0.0})
+
+
+@torch.no_grad()
+def reach_scores(model, tokenizer, settings, distance, length, n, facts):
+    """Whether the most probable answer is right: (n, 1)."""
+    rng, scores = np.random.default_rng([settings.seed, 15, distance]), []
+    examples = [reach_example(rng, tokenizer, length, distance, facts) for _ in range(n)]
+    for part in torch.tensor(examples, device=model.device).split(100):
+        tokens, targets = part.unbind(1)  # (n, T) each
+        guess = model.logits(model.states(tokens)[:, -1]).argmax(-1)
+        scores += (guess == targets[:, -1]).int()[:, None].tolist()
+    return scores
 
 
 def reach(args):
-    """Retrieval at a chosen distance: beyond layers x (window - 1), pure SWA must fail"""
+    """Facts at a chosen distance, by SFT and then by GRPO: beyond layers x (window - 1), pure SWA
+    must fail"""
     config, W = config_of(args.model[0]), 16 if args.window == "own" else args.window
     layers, limit = config.num_hidden_layers, config.max_position_embeddings
     if W is None or W < 3 or layers * (W - 1) + 35 > limit:
@@ -1005,28 +1053,36 @@ def reach(args):
                          f"give a --window from 3 to {(limit - 35) // layers + 1}")
     far, middle = layers * (W - 1), layers // 2
     distances = sorted({W // 2, W - 1, W, 2 * (W - 1), far - 2, far, far + 1, far + 10, far + 30})
-    kinds = {"SA": (None, ()), f"hybrid, layer {middle} full": (W, (middle,)), "SWA": (W, ())}
+    one = {"full_layers": (middle,)}
+    kinds = {"SA": {}, "SWA": {}, "SWA, 4 sinks": {"sinks": 4},
+             f"hybrid, layer {middle} full": one, "hybrid, NoPE": one | {"nope_full": True}}
     runs, tasks = plan(args, 0).settings.folder().parent / "analysis" / "runs" / "reach", []
-    how = Retrieval()
-    for label, (window, full_layers) in kinds.items():
-        for seed in args.seeds:
-            settings = plan(args, seed, window=window).settings
-            if not settings.tiny:  # stage 1's own settings
-                sft = settings.stage1
-                how = Retrieval(sft.steps, sft.batch, sft.lr, sft.eval_examples)
-            folder = runs / f"{label.split(',')[0]}-w{W}-seed{seed}"
-            tasks.append((folder, settings, full_layers, distances, far + 35, how))
-    results = iter(run_all(reach_run, tasks, args.workers))
-    series = {}
-    for label in kinds:
-        by_distance = zip(*(next(results) for _ in args.seeds))
-        series[label] = [over_seeds(scores) for scores in by_distance]
-    rows = [{"distance": d, "where": "window" if d < W else "reach" if d <= far else "beyond",
-             **{label: series[label][i] for label in series}} for i, d in enumerate(distances)]
-    return rows, {"reach": [Panel(
-        "line", f"{layers} layers, window {W}", distances, series,
-        "distance of the fact, tokens", "accuracy (chance: 0.1)",
-        {W - 1: "window - 1", far: f"{layers} x (window - 1)"})]}
+    how = Evidence()
+    for family, facts in FAMILIES.items():
+        for label, changes in kinds.items():
+            for seed in args.seeds:
+                settings = plan(args, seed, window=None if label == "SA" else W).settings
+                if not settings.tiny:  # stage 1's own settings
+                    sft = settings.stage1
+                    how = Evidence(sft.steps, settings.steps, sft.batch, sft.lr, sft.eval_examples)
+                folder = runs / f"{family}-{label.replace(', ', '-').replace(' ', '-')}-w{W}-{seed}"
+                tasks.append((folder, settings, changes, distances, far + 35, how, facts))
+    done, rows, panels = iter(run_all(reach_run, tasks, args.workers)), [], []
+    for family in FAMILIES:
+        found = {label: [next(done) for _ in args.seeds] for label in kinds}
+        series = {}
+        for stage in ("sft", "rl"):
+            lines = {label: [over_seeds(scores) for scores in zip(*(r[stage] for r in results))]
+                     for label, results in found.items()}
+            series |= {label: line for label, line in lines.items() if stage == "rl"}
+            rows += [{"family": family, "stage": f"after {stage.upper()}", "distance": d,
+                      "where": "window" if d < W else "reach" if d <= far else "beyond",
+                      **{label: lines[label][i] for label in lines}}
+                     for i, d in enumerate(distances)]
+        panels.append(Panel("line", f"{family}, after RL", distances, series,
+                            "distance of the first fact, tokens", "accuracy",
+                            {W - 1: "window - 1", far: f"{layers} x (window - 1)"}))
+    return rows, {"reach": panels}
 
 
 ANALYSES = {"recipe": recipe, "arms": arms, "dose": dose, "grid": grid, "locality": locality,
@@ -1176,7 +1232,7 @@ def draw_bars(axis, panel):
         axis.bar(shifted, mean, 0.94 * width, yerr=error, capsize=2, color=color_of(label, i),
                  label=label)
         dot_seeds(axis, shifted, values)
-    axis.set_xticks(at, panel.x)
+    axis.set_xticks(at, [str(x).replace(", ", ",\n") for x in panel.x])
     axis.tick_params(labelsize=8)
 
 

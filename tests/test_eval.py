@@ -18,9 +18,9 @@ import torch
 
 import eval as evaluation
 import rl
-from convert_sft import INSTRUCTION, TASKS, RunningSums, untrained
+from convert_sft import INSTRUCTION, TASKS, RunningSums, Trainer, untrained
 from eval import (
-    Retrieval,
+    Evidence,
     answer_benchmark,
     bootstrap_ci,
     information_gap,
@@ -629,13 +629,50 @@ def test_retrieval_is_at_the_stated_distance(kind, request):
         tokenizer = Tokenizer.from_pretrained(request.getfixturevalue(kind))
     for distance in (1, 7, 45, 79):
         for queries in (0, 0.3):
-            tokens, targets = reach_example(rng, tokenizer, 80, distance, queries)
+            tokens, targets = reach_example(rng, tokenizer, 80, distance, 1, queries)
             digits = [i for i, t in enumerate(tokens) if tokenizer.decode([t]).isdigit()]
             assert digits == [79 - distance] and len(tokens) == len(targets) == 80
             assert all(len(tokenizer.decode([t])) == 1 for t in tokens)  # never merged
             assert [t == tokenizer.encode("?")[0] for t in tokens] == [t >= 0 for t in targets]
             assert {t for t in targets if t >= 0} == {tokens[digits[0]]} == {targets[-1]}
             assert queries or targets.count(-1) == len(targets) - 1
+
+
+def test_evidence_is_counted_from_the_stated_distance_on():
+    tokenizer, rng = Tokenizer(untrained(TINY).tokenizer_files), np.random.default_rng(0)
+    for distance in (1, 2, 9, 79):
+        for _ in range(20):
+            tokens, targets = reach_example(rng, tokenizer, 80, distance, 3, 0.3)
+            text = [tokenizer.decode([t]) for t in tokens]
+            at = [i for i, c in enumerate(text) if c.isdigit()]
+            assert at[0] == 79 - distance and len(at) == min(3, distance)
+            answers = {tokenizer.decode([t]) for t in targets if t >= 0}
+            assert answers == {str(sum(int(text[i]) for i in at))} and targets[-1] >= 0
+            assert all(i > at[-1] for i, t in enumerate(targets) if t >= 0)
+
+
+def test_outcomes_alone_teach_a_fact_within_reach():
+    """GRPO on one-token answers: from an even chance to near certainty."""
+    model, how = untrained(TINY), evaluation.Evidence(batch=32, lr=3e-3)
+    tokenizer, trainer = Tokenizer(model.tokenizer_files), Trainer(model, torch.device("cpu"))
+    settings = evaluation.RLSettings.of(model="tiny")
+    for step in range(15):  # what SFT leaves: digits are answers
+        rng = np.random.default_rng([0, step])
+        evaluation.evidence_sft(trainer, tokenizer, rng, 99, 4, settings, how, 1)
+
+    def score():
+        rng, total = np.random.default_rng(5), 0.0
+        for _ in range(50):
+            tokens, targets = reach_example(rng, tokenizer, 4, 2)
+            p = model(torch.tensor([tokens]))[0, -1].softmax(-1)
+            total += p[targets[-1]].item() / 50
+        return total
+
+    before = score()
+    for step in range(60):
+        rng = np.random.default_rng([1, step])
+        evaluation.evidence_rl(trainer, tokenizer, rng, step, 4, settings, how, 1)
+    assert score() > before + 0.1
 
 
 @torch.no_grad()
@@ -666,9 +703,14 @@ ANALYSES = {  # what is added to the command -> rows of the table
     "locality": (["--limit", "4", "--windows", "8,16"], 8),
     "cross-sft": (["--limit", "6"], 8),
     "windows": (["--windows", "16,full"], 4),
-    "strategies": ([], 14),
+    "strategies": ([], 18),
     "budgets": ([], 3),
-    "reach": (["--window", "8"], 9),
+    "reach": (["--window", "8"], 36),
+    "recipe": ([], 6),
+    "arms": ([], 6),
+    "dose": ([], 14),
+    "grid": (["--windows", "8"], 12),
+    "locality --references": (["--limit", "4", "--windows", "8", "--references", "base,SA-RL"], 16),
 }
 
 
@@ -684,7 +726,7 @@ def started(tmp_path_factory):
 @pytest.mark.parametrize("name", ANALYSES)
 def test_analysis(name, started, monkeypatch, capsys):
     """A few steps of each: table, JSON, pictures, and a second start that trains nothing."""
-    more, rows = ANALYSES[name]
+    (more, rows), name = ANALYSES[name], name.split()[0]
 
     def solved(folder, problems, settings):  # untrained policies solve nothing
         tokenizer, rng = Tokenizer.from_pretrained(folder), np.random.default_rng(0)
@@ -708,7 +750,7 @@ def test_analysis(name, started, monkeypatch, capsys):
     problems_of = RunningSums.problems
     monkeypatch.setattr(evaluation, "answers", solved)
     monkeypatch.setattr(RunningSums, "problems", few)
-    monkeypatch.setattr(evaluation, "Retrieval", partial(Retrieval, 2, 4, 3e-3, 5))
+    monkeypatch.setattr(evaluation, "Evidence", partial(Evidence, 2, 2, 4, 3e-3, 5))
     flags = "--steps 2 --sft-steps 2 --prompts 2 --group 2 --max-new-tokens 12 --validate 4"
     flags += " --workers 1 --device cpu"
     command = ["--model", "tiny", "--analysis", name, *flags.split(), "--out", started, *more]
