@@ -706,8 +706,9 @@ def grid(args):
             if sampled != "SFT":
                 row["log-odds over its SFT"] = log_odds(before, mine)
             rows.append(row | {"length": mean_of([r["T=1"] for r in results], "length")})
-        shown = {f"sampled {names.get(s, '-')}, updated {names[u]}" if s != "SFT" else "SWA-SFT":
-                 found[s, u, W] for s, u in [("SFT", W), *runs]}
+        brief = {None: "full", W: "W"}
+        shown = {f"sampled {brief[s]}, updated {brief[u]}": found[s, u, W] for s, u in runs}
+        shown = {"SWA-SFT": found["SFT", W, W]} | shown
         panels.append(size_panel(args, shown, f"evaluated under window {W}"))
     return rows, {"grid": panels}
 
@@ -1197,8 +1198,8 @@ def draw_legend(figure, axes, panels):
     labels = [list(panel.series) for panel in panels]
     if len(labels[0]) > 1 and all(mine == labels[0] for mine in labels):
         handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper center", ncols=len(names), frameon=False,
-                      fontsize=9)
+        figure.legend(handles, names, loc="outside upper center", ncols=min(3, len(names)),
+                      frameon=False, fontsize=9)
     else:
         for axis in axes:
             axis.legend(fontsize=8, frameon=False)
@@ -1251,6 +1252,7 @@ def draw_lines(axis, panel):
         dot_seeds(axis, at, values)
     if names:
         axis.set_xticks(at, panel.x)
+    axis.xaxis.get_major_locator().set_params(**{} if names else {"integer": True})
     for x, text in panel.marks.items():
         axis.axvline(x + 0.5, color="gray", lw=0.8, ls=":")
         axis.text(x + 0.3, 0.05, text, rotation=90, ha="right", color="gray", fontsize=8)
