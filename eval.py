@@ -7,12 +7,13 @@ beyond a window. The analyses set SA against SWA: each is a table of runs, made 
 convert_sft.py and rl.py and reused where they are done, and ends in Markdown, JSON and a picture.
 
 In the order of the file: benchmarks; statistics; locality; the analyses; reports and pictures; the
-command.
+audit of a folder's window; the command.
 
 Left out on purpose: few-shot prompts, multiple choice, judges that are models, other engines.
 
     python eval.py --model out/tiny/rl-w24 out/tiny/sft-w24 --benchmarks tiny --samples 8
     python eval.py --analysis locality --model tiny
+    python eval.py --audit out/tiny/rl-w24
 """
 
 import argparse
@@ -28,6 +29,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -64,6 +66,7 @@ from convert_sft import (
 from model import (
     LOGITS_PER_CHUNK,
     MODEL_FILES,
+    Cache,
     Tokenizer,
     Transformer,
     UsageError,
@@ -72,6 +75,7 @@ from model import (
     fingerprint,
     generate,
     log_softmax,
+    read_config,
     resolve,
     write_file,
 )
@@ -1269,6 +1273,153 @@ def draw_strip(axis, panel):
 
 
 # --------------------------------------------------------------------------------------------------
+# the audit: whether each layer honours the window that its folder declares
+
+BEYOND = 4  # tokens beyond the last one's window
+DECODED = 8  # tokens, so that the window fills up on the way
+
+
+def audit(args):
+    """Prints what the last token sees in each layer, in prefill and in decode, here and in
+    transformers; exit code 1 where that is not what the folder declares.
+
+    A whole model's outputs show no more than its total reach, layers x (window - 1). So every layer
+    is given states of its own: random ones, then the same with some tokens changed.
+    """
+    folder = resolve(args.audit, MODEL_FILES)
+    config = read_config(folder)
+    x, changed = audit_states(config, pick_device(args.device), args.seed)
+    sinks = f" + {config.sinks} sinks" if config.sinks else ""
+    rows = [{"window": f"{w}{sinks}" if w else "full"} for w in config.windows]
+    T = x.shape[1]
+    for name, run in (("nanoSWARR", run_here), ("transformers", run_transformers)):
+        layers, begin = run(folder, x)
+        for phase, prompt in (("prefill", T), ("decode", max(1, T - DECODED))) if layers else ():
+            print(f"{name}, {phase}: {len(layers)} layers, {len(x)} x {T:,} tokens", flush=True)
+            found = told_apart(layers, begin, x, [0, *range(prompt, T + 1)])
+            for row, window, seen in zip(rows, config.windows, found, strict=True):
+                row[f"{name} {phase}"] = verdict(window, changed, seen)
+    table = []
+    for row, alike in groupby(range(len(rows)), rows.__getitem__):
+        first, *others = alike
+        table.append({"layer": f"{first}-{others[-1]}" if others else str(first)} | row)
+    print("\n" + "\n".join(markdown(table)))
+    lost = [f"layer {row['layer']} in {where}: {found}" for row in table
+            for where, found in row.items() if found.startswith(("sees", "misses"))]
+    if lost:
+        sys.exit("not as declared: " + "; ".join(lost))
+
+
+def audit_states(config, device, seed):
+    """-> x (rows, T, C), equal but for what is changed in all rows after the first; and {what: at}.
+
+    Changed are all tokens beyond the last one's window, the oldest inside, and the last sink. A
+    full layer, too, is asked at these places: it must see them all.
+    """
+    W, sinks = config.window or 512, config.sinks
+    changed = {f"{W}+ back": slice(sinks, sinks + BEYOND), f"{W - 1} back": sinks + BEYOND}
+    if sinks:
+        changed[f"sink {sinks - 1}"] = sinks - 1
+    # A faint token shows in float64; the kernels, which have none, run on a GPU
+    dtype = torch.float32 if device.type == "cuda" else torch.float64
+    torch.manual_seed(seed)
+    x = torch.randn(sinks + W + BEYOND, config.hidden_size, device=device, dtype=dtype)
+    x = x.repeat(1 + len(changed), 1, 1)
+    for row, at in zip(x[1:], changed.values()):
+        row[at] = torch.randn_like(row[at])
+    return x, changed
+
+
+def verdict(window, changed, seen):
+    """What a layer sees beyond its window and what it misses, or ok."""
+    due = [window is None] + [True] * (len(changed) - 1)
+    wrong = [f"{'sees' if saw else 'misses'} {what}"
+             for what, saw, must in zip(changed, seen, due, strict=True) if saw != must]
+    return ", ".join(wrong) or "ok"
+
+
+@torch.no_grad()
+def told_apart(layers, begin, x, cuts):
+    """begin() -> forward(start, end), called from cut to cut; each layer is fed with x (rows, T, C)
+    in place of what the layer before it says -> [layer][row after the first]: whether its attention
+    answers the row's last token otherwise than the first row's.
+
+    One row at a time: in a batch equal rows may be rounded differently.
+    """
+    def feed(layer, args):
+        return row[None, start:end], *args[1:]
+
+    def keep(attention, args, output):
+        output = output[0] if isinstance(output, tuple) else output
+        answers.append(output[0, -1].clone())  # not a view, which would keep the whole
+
+    hooks = [hook for layer in layers for hook in (
+        layer.register_forward_pre_hook(feed), layer.self_attn.register_forward_hook(keep))]
+    rows = []
+    for row in x:
+        forward = begin()
+        for start, end in zip(cuts, cuts[1:]):
+            answers = []
+            forward(start, end)
+        rows.append(torch.stack(answers))  # (layers, C)
+    for hook in hooks:
+        hook.remove()
+    return [[not row[i].equal(rows[0][i]) for row in rows[1:]] for i in range(len(layers))]
+
+
+def attention_only(model, x):
+    """Its layers, ready for x; what lies behind the attention is not asked, and takes most of the
+    time and the memory."""
+    for layer in model.layers:
+        layer.mlp = torch.nn.Identity()
+    return model.to(x.device, x.dtype).layers
+
+
+def run_here(folder, x):
+    """-> the layers, and begin() -> forward(start, end): tokens as generation runs them."""
+    model = Transformer.from_pretrained(folder)
+    layers = attention_only(model.model, x)
+
+    def begin():
+        cache = Cache(model.config, 1, x.shape[1], x.device, x.dtype)
+
+        def forward(start, end):
+            if start == 0:
+                attend, position = cache.prefill([0], [end])
+            else:
+                position = torch.tensor([[start]], device=x.device)
+                attend = cache.decode(position[0])
+            model.hidden(torch.zeros_like(position), position, attend)
+
+        return forward
+
+    return layers, begin
+
+
+def run_transformers(folder, x):
+    """The same with transformers' own masks and cache; no layers where it does not open it."""
+    try:
+        from transformers import AutoModelForCausalLM  # not among the requirements
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").model
+    except (ImportError, OSError, ValueError) as error:
+        print(f"transformers is left out: {str(error).splitlines()[0]}", flush=True)
+        return [], None
+    layers = attention_only(model, x)
+
+    def begin():
+        past = {}
+
+        def forward(start, end):
+            tokens = torch.zeros(1, end - start, dtype=torch.long, device=x.device)
+            past["past_key_values"] = model(tokens, use_cache=True, **past).past_key_values
+
+        return forward
+
+    return layers, begin
+
+
+# --------------------------------------------------------------------------------------------------
 # the command
 
 
@@ -1375,6 +1526,7 @@ def parser():
     add("--prompt", "stream one answer to this")
     add("--regrade", "grade this file of generations again, without a model")
     add("--analysis", "run one of the paper's analyses", choices=ANALYSES)
+    add("--audit", "whether each layer of this folder honours its window, here and in transformers")
     # sampling
     add("--samples", "answers to each problem", 1)
     add("--temperature", "0: greedy; DeepSeek-R1's distillations ask for 0.6", 1.0)
@@ -1406,12 +1558,15 @@ def parser():
 
 def main():
     args, rest = parser().parse_known_args()
-    tasks = [task for task in ("benchmarks", "prompt", "regrade", "analysis")
+    tasks = [task for task in ("benchmarks", "prompt", "regrade", "analysis", "audit")
              if getattr(args, task) is not None]
     if len(tasks) != 1:
-        raise UsageError("give one of --benchmarks, --prompt, --regrade, --analysis (see --help)")
+        raise UsageError("give one of --benchmarks, --prompt, --regrade, --analysis, --audit (see "
+                         "--help)")
     if rest and not args.analysis:
         raise UsageError(f"unknown arguments {' '.join(rest)} (see --help)")
+    if args.audit is not None:
+        return audit(args)
     if not args.regrade and not (args.benchmarks and args.model) and len(args.model) != 1:
         raise UsageError(f"--{tasks[0]} needs a --model, such as out/tiny/rl-w24")
     for name in ("samples", "chunk", "limit", "workers", "slots", "max_new_tokens", "positions"):

@@ -13,10 +13,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_model
 import test_train
 import torch
 
 import eval as evaluation
+import model as nano
 import rl
 from convert_sft import INSTRUCTION, TASKS, RunningSums, Trainer, untrained
 from eval import (
@@ -448,6 +450,8 @@ BAD = {
     "regrade": (["--regrade", "./nowhere.jsonl"], "nowhere.jsonl"),
     "reach": (["--model", "./nowhere", "--analysis", "reach"], "nowhere"),
     "reach window": (["--model", "tiny", "--analysis", "reach", "--window", "200"], "--window"),
+    "audit": (["--audit", "./nowhere"], "nowhere"),
+    "audit and prompt": (["--audit", "m", "--model", "m", "--prompt", "x"], "give one of"),
 }
 
 
@@ -770,3 +774,140 @@ def test_analysis(name, started, monkeypatch, capsys):
     assert [{k: v for k, v in row.items() if k != "seconds"} for row in again] == [
         {k: v for k, v in row.items() if k != "seconds"} for row in result["rows"]
     ]
+
+
+# ------------------------------------------------------------------------------------------ audit
+
+W = 5
+HONEST = {"qwen2": {"model_type": "qwen2"}, "qwen3 mixed": {"full_layers": (1,)},
+          "mistral": {"model_type": "llama"},
+          "ministral": {"model_type": "llama", "full_layers": (0, 2)}, "full": {"window": None},
+          "wide": {"window": 700, "full_layers": (1,)}, "sinks": {"sinks": 3},
+          "sinks, mixed": {"sinks": 1, "window": 1, "full_layers": (2,)},
+          "sinks beyond the window": {"sinks": 12, "model_type": "qwen2"},
+          "no RoPE": {"full_layers": (1,), "nope_full": True}}
+
+
+def audit(monkeypatch, folder, **kind):
+    test_model.tiny(**{"max_position_embeddings": 2048} | kind).float().save_pretrained(folder)
+    run(monkeypatch, "--audit", folder)
+
+
+@pytest.mark.parametrize("kind", HONEST)
+def test_audit_of_what_is_honoured(kind, tmp_path, monkeypatch, capsys):
+    own = HONEST[kind].keys() & {"sinks", "nope_full"}
+    if not own:
+        pytest.importorskip("transformers")
+    audit(monkeypatch, tmp_path, **HONEST[kind])
+    said = capsys.readouterr().out
+    _, *rows = [line.split(" | ") for line in said.splitlines() if line.startswith("| ")][1:]
+    assert all(cell.strip(" |") == "ok" for row in rows for cell in row[2:])
+    assert {len(row) for row in rows} == {4 if own else 6}
+    assert ("transformers is left out" in said) == bool(own)
+    full, mixed = HONEST[kind].get("window", W) is None, HONEST[kind].get("full_layers")
+    assert sum(" full " in " ".join(row) for row in rows) == (1 if full else len(mixed or ()))
+
+
+def test_audit_without_transformers(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    audit(monkeypatch, tmp_path)
+    assert "transformers is left out" in capsys.readouterr().out
+
+
+def ring_as_long_as_the_sequence(monkeypatch):
+    empty = nano.SlidingWindow.empty_cache
+    monkeypatch.setattr(nano.SlidingWindow, "empty_cache", lambda self, *sizes, **kind: empty(
+        nano.SlidingWindow(self.config, None), *sizes, **kind))
+
+
+def other_attention(change):
+    """Each layer's window and sinks changed: change(layer, window, sinks)."""
+    def patch(monkeypatch):
+        def layers(config):
+            found = []
+            for i, window in enumerate(config.windows):
+                window, sinks = change(i, window, config.sinks)
+                found.append(nano.SlidingWindow(nano.replace(config, sinks=sinks), window))
+            return found
+
+        monkeypatch.setattr(nano, "attention_layers", layers)
+    return patch
+
+
+def shorter_prefill(monkeypatch):
+    attention = nano.swa_attention
+    monkeypatch.setattr(nano, "swa_attention", lambda q, k, v, window, *more: attention(
+        q, k, v, window - 1, *more))
+
+
+def their(change):
+    """transformers' model changed after it was opened."""
+    def patch(monkeypatch):
+        auto = pytest.importorskip("transformers").AutoModelForCausalLM
+        opened = auto.from_pretrained
+
+        def open_changed(*args, **kwargs):
+            model = opened(*args, **kwargs)
+            change(model.config)
+            return model
+
+        monkeypatch.setattr(auto, "from_pretrained", open_changed)
+    return patch
+
+
+def one_more(config):
+    config.sliding_window += 1
+
+
+def layer_1_full(config):
+    config.layer_types[1] = "full_attention"
+
+
+def their_decode_forgets(monkeypatch):
+    """What happened in libraries: a cache without windows, and a mask for prefill alone."""
+    pytest.importorskip("transformers")
+    from transformers.models.qwen3 import modeling_qwen3 as theirs
+
+    cache, masked, mask = (
+        theirs.DynamicCache, theirs.create_sliding_window_causal_mask, theirs.create_causal_mask)
+    monkeypatch.setattr(theirs, "DynamicCache", lambda config: cache())
+    monkeypatch.setattr(theirs, "create_sliding_window_causal_mask", lambda **given: (
+        masked if given["inputs_embeds"].shape[1] > 1 else mask)(**given))
+
+
+LOST = {  # how a window is lost -> (the folder, what the audit says)
+    "decode": (ring_as_long_as_the_sequence, {}, "layer 0-2 in nanoSWARR decode: sees 5+ back"),
+    "prefill, off by one": (shorter_prefill, {}, "layer 0-2 in nanoSWARR prefill: misses 4 back"),
+    "one layer": (other_attention(lambda i, w, n: (None if i == 1 else w, n)), {},
+                  "layer 1 in nanoSWARR prefill: sees 5+ back; "
+                  "layer 1 in nanoSWARR decode: sees 5+ back"),
+    "off by one": (other_attention(lambda i, w, n: (w + 1, n)), {},
+                   "layer 0-2 in nanoSWARR prefill: sees 5+ back; "
+                   "layer 0-2 in nanoSWARR decode: sees 5+ back"),
+    "a full layer": (other_attention(lambda i, w, n: (W, n)), {"full_layers": (2,)},
+                     "layer 2 in nanoSWARR prefill: misses 5+ back; "
+                     "layer 2 in nanoSWARR decode: misses 5+ back"),
+    "a sink": (other_attention(lambda i, w, n: (w, n - 1)), {"sinks": 3},
+               "layer 0-2 in nanoSWARR prefill: misses sink 2; "
+               "layer 0-2 in nanoSWARR decode: misses sink 2"),
+    "a sink too many": (other_attention(lambda i, w, n: (w, n + 1)), {"sinks": 3},
+                        "layer 0-2 in nanoSWARR prefill: sees 5+ back; "
+                        "layer 0-2 in nanoSWARR decode: sees 5+ back"),
+    "theirs, off by one": (their(one_more), {"model_type": "llama"},
+                           "layer 0-2 in transformers prefill: sees 5+ back; "
+                           "layer 0-2 in transformers decode: sees 5+ back"),
+    "theirs, one layer": (their(layer_1_full), {"model_type": "qwen2"},
+                          "layer 1 in transformers prefill: sees 5+ back; "
+                          "layer 1 in transformers decode: sees 5+ back"),
+    "theirs, decode": (their_decode_forgets, {}, "layer 0-2 in transformers decode: sees 5+ back"),
+}
+
+
+@pytest.mark.parametrize("bug", LOST)
+def test_audit_finds_a_lost_window(bug, tmp_path, monkeypatch, capsys):
+    """A message as the exit code: the interpreter prints it and ends with 1."""
+    patch, kind, expected = LOST[bug]
+    patch(monkeypatch)
+    with pytest.raises(SystemExit) as exit:
+        audit(monkeypatch, tmp_path, **kind)
+    assert exit.value.code == f"not as declared: {expected}"
