@@ -7,24 +7,28 @@ beyond a window. The analyses set SA against SWA: each is a table of runs, made 
 convert_sft.py and rl.py and reused where they are done, and ends in Markdown, JSON and a picture.
 
 In the order of the file: benchmarks; statistics; locality; the analyses; reports and pictures; the
-audit of a folder's window; the command.
+audit of a folder's window; the page for a browser; the command.
 
 Left out on purpose: few-shot prompts, multiple choice, judges that are models, other engines.
 
     python eval.py --model out/tiny/rl-w24 out/tiny/sft-w24 --benchmarks tiny --samples 8
     python eval.py --analysis locality --model tiny
     python eval.py --audit out/tiny/rl-w24
+    python eval.py --page out/tiny/sft-wfull out/tiny/sft-w24 out/tiny/rl-w24
 """
 
 import argparse
+import base64
 import codecs
 import hashlib
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -76,6 +80,7 @@ from model import (
     generate,
     log_softmax,
     read_config,
+    read_json,
     resolve,
     write_file,
 )
@@ -1420,6 +1425,73 @@ def run_transformers(folder, x):
 
 
 # --------------------------------------------------------------------------------------------------
+# the page: assets/explain.html runs miniatures in a browser
+
+PAGE = Path(__file__).parent / "assets" / "explain.html"
+DATA_BLOCK = re.compile(r'(?<=<script type="application/json" id="data">\n).*?(?=\n</script>)',
+                        re.S)
+EPISODE = re.compile(r"--- step (\d+) \| reward (\S+) .*\n(.*)\n>>> (.*)\n")  # rl.py's as_text
+
+
+def write_page(folders, page=PAGE):
+    """Runs of tiny tasks, in their order -> the page's block of data; all else in it stays."""
+    html, tasks, seeds = page.read_text("utf-8"), {}, set()
+    if not DATA_BLOCK.search(html):
+        raise UsageError(f"{page} has lost its block of data: fetch the file again")
+    for folder in map(Path, folders):
+        run = read_json(folder / "run.json").get("identity", {})
+        if run.get("data") not in TASKS:
+            raise UsageError(f"{folder} is no SFT or RL run of a tiny task: give folders such as "
+                             "out/tiny/sft-w24 and out/tiny/rl-w24")
+        settings = RLSettings.of(model="tiny", **{k: run[k] for k in ("data", "window", "seed")})
+        model = Transformer.from_pretrained(folder)
+        tokenizer = Tokenizer(model.tokenizer_files)
+        task = tasks.setdefault(run["data"], {
+            "name": run["data"], "start": as_prompt(tokenizer, "", ""),
+            "examples": [*dict.fromkeys(
+                p["problem"] for p in settings.task.validation(60, run["seed"]))],
+            "vocabulary": [tokenizer.decode([i], False) for i in range(tokenizer.n_ids)],
+            "stop": sorted(tokenizer.stop_ids), "most": settings.max_new_tokens, "models": []})
+        task["models"].append(as_data(folder, model, settings, run["stage"]))
+        seeds.add(run["seed"])
+    data = {"command": shlex.join(["python", "eval.py", "--page", *map(str, folders)]),
+            "seeds": sorted(seeds), "tasks": list(tasks.values())}
+    data = json.dumps(data, ensure_ascii=False).replace("</", r"<\/")  # no end of the script
+    write_file(page, lambda f: f.write_text(DATA_BLOCK.sub(lambda _: data, html), "utf-8"))
+    print(f"{page}: {page.stat().st_size / 1e6:.2f} MB")
+
+
+def as_data(folder, model, settings, stage):
+    """A run as the page needs it: weights of 8 bits, accuracy before and after, the log of RL."""
+    accuracy = {"before": validate(folder, settings)}
+    shapes, scales, entries = [], b"", b""
+    for name, weight in model.state_dict().items():
+        rows = weight.view(len(weight), -1)  # a norm's weights are rows of one
+        scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        entry = (rows / scale).round()
+        weight.copy_((entry * scale).view_as(weight))
+        shapes.append([name, *rows.shape])
+        scales += scale.numpy().tobytes()
+        entries += entry.to(torch.int8).numpy().tobytes()
+    with tempfile.TemporaryDirectory() as rounded:
+        model.save_pretrained(rounded)
+        accuracy["after"] = validate(Path(rounded), settings)
+    episodes = folder / "episodes.txt"
+    episodes = EPISODE.findall(episodes.read_text("utf-8")) if episodes.exists() else []
+    return {"label": f"{'SWA' if settings.window else 'SA'}-{stage.upper()}", "stage": stage,
+            "window": settings.window, "n": len(accuracy["after"]["greedy"]["scores"]),
+            "accuracy": {how: {when: np.mean(found[how]["scores"])
+                               for when, found in accuracy.items()} for how in SAMPLINGS},
+            "steps": [{key: round(record[key], 4) for key in ("step", "reward", "length")}
+                      for record in read_log(folder) if "reward" in record],
+            "episodes": [{"step": int(step), "reward": float(reward), "problem": problem,
+                          "answer": answer} for step, reward, problem, answer in episodes],
+            "config": asdict(model.config), "shapes": shapes,
+            "scales": base64.b64encode(scales).decode(),
+            "entries": base64.b64encode(entries).decode()}
+
+
+# --------------------------------------------------------------------------------------------------
 # the command
 
 
@@ -1527,6 +1599,8 @@ def parser():
     add("--regrade", "grade this file of generations again, without a model")
     add("--analysis", "run one of the paper's analyses", choices=ANALYSES)
     add("--audit", "whether each layer of this folder honours its window, here and in transformers")
+    p.add_argument("--page", nargs="+", metavar="FOLDER", help="put these runs of tiny tasks into "
+                   "assets/explain.html, to be seen in a browser")
     # sampling
     add("--samples", "answers to each problem", 1)
     add("--temperature", "0: greedy; DeepSeek-R1's distillations ask for 0.6", 1.0)
@@ -1558,15 +1632,17 @@ def parser():
 
 def main():
     args, rest = parser().parse_known_args()
-    tasks = [task for task in ("benchmarks", "prompt", "regrade", "analysis", "audit")
+    tasks = [task for task in ("benchmarks", "prompt", "regrade", "analysis", "audit", "page")
              if getattr(args, task) is not None]
     if len(tasks) != 1:
-        raise UsageError("give one of --benchmarks, --prompt, --regrade, --analysis, --audit (see "
-                         "--help)")
+        raise UsageError("give one of --benchmarks, --prompt, --regrade, --analysis, --audit, "
+                         "--page (see --help)")
     if rest and not args.analysis:
         raise UsageError(f"unknown arguments {' '.join(rest)} (see --help)")
     if args.audit is not None:
         return audit(args)
+    if args.page:
+        return write_page(args.page)
     if not args.regrade and not (args.benchmarks and args.model) and len(args.model) != 1:
         raise UsageError(f"--{tasks[0]} needs a --model, such as out/tiny/rl-w24")
     for name in ("samples", "chunk", "limit", "workers", "slots", "max_new_tokens", "positions"):
