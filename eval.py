@@ -1479,9 +1479,10 @@ def as_data(folder, model, settings, stage):
     episodes = folder / "episodes.txt"
     episodes = EPISODE.findall(episodes.read_text("utf-8")) if episodes.exists() else []
     return {"label": f"{'SWA' if settings.window else 'SA'}-{stage.upper()}", "stage": stage,
-            "window": settings.window, "n": len(accuracy["after"]["greedy"]["scores"]),
-            "accuracy": {how: {when: np.mean(found[how]["scores"])
-                               for when, found in accuracy.items()} for how in SAMPLINGS},
+            "window": settings.window, "accuracy": {
+                how: {"n": np.size(accuracy["after"][how]["scores"])} | {
+                    when: np.mean(found[how]["scores"]) for when, found in accuracy.items()}
+                for how in SAMPLINGS},
             "steps": [{key: round(record[key], 4) for key in ("step", "reward", "length")}
                       for record in read_log(folder) if "reward" in record],
             "episodes": [{"step": int(step), "reward": float(reward), "problem": problem,
