@@ -14,15 +14,19 @@ Left out on purpose: accuracy (eval.py), and single absolute times as pass or fa
 
 import argparse
 import json
+import math
 import resource
 import statistics
 import tempfile
 import time
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
+import torch._dynamo
+import torch._functorch.config
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -40,7 +44,7 @@ from convert_sft import (
     pick_device,
     save_figure,
 )
-from model import Cache, Decoder, ModelConfig, Transformer, cli, generate, write_file
+from model import Cache, Decoder, ModelConfig, Transformer, captured, cli, generate, write_file
 from rl import grpo_loss
 from swa_kernel import swa_attention, swa_attention_reference, swa_decode
 
@@ -58,16 +62,17 @@ SHAPES = {  # the published configurations; tiny is the miniature's
 # measuring
 
 
-def side_by_side(contestants, repeats, device):
+def side_by_side(contestants, repeats, device, patience=math.inf):
     """{name: function} -> {name: median seconds}: one warm-up each, then turn by turn, each turn
-    begun by the next (on a CPU the first finds the memory that the last has left)."""
+    begun by the next (on a CPU the first finds the memory that the last has left). Whose turns took
+    more than `patience` seconds together has no further one."""
     seconds, order = {name: [] for name in contestants}, list(contestants.items())
     for turn in range(repeats + 1):
-        first = turn % len(order)
+        first = turn % max(1, len(order))
         for name, run in order[first:] + order[:first]:
-            began = clock(device)
-            run()
-            taken = clock(device) - began
+            if sum(seconds[name]) > patience:
+                continue
+            taken = timed(run, device)
             if turn:
                 seconds[name].append(taken)
             if taken > 2:
@@ -75,10 +80,31 @@ def side_by_side(contestants, repeats, device):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def clock(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def timed(run, device):
+    """Seconds of one call; on a GPU the GPU's own.
+
+    There the L2 cache is overwritten first, or a call would find what the last one left in it. And
+    the GPU is made to spin while the host enqueues the call, whose dispatch (50 us and more) would
+    be timed else.
+    """
+    if device.type != "cuda":
+        began = time.perf_counter()
+        run()
+        return time.perf_counter() - began
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in "ab")
+    l2_flush(device).zero_()
+    torch.cuda._sleep(10**6)  # cycles, about half a millisecond
+    began.record()
+    run()
+    ended.record()
+    ended.synchronize()
+    return began.elapsed_time(ended) / 1e3
+
+
+@cache
+def l2_flush(device):
+    """Larger than any L2 cache."""
+    return torch.empty(2**28, dtype=torch.uint8, device=device)
 
 
 def copy_bandwidth(device):
@@ -145,6 +171,8 @@ def finish(args, name, rows, draw=None):
 # --------------------------------------------------------------------------------------------------
 # kernels
 
+KERNEL_SECONDS = 360  # after them a GPU begins no other size: the last and decode end within eight
+
 
 def pairs(T, W):
     """Query-key pairs inside the window: the work that is credited, whatever tiles compute."""
@@ -189,19 +217,27 @@ def masked_sdpa():
     return attend
 
 
+def compiled(function, **options):
+    """torch.compile for a contestant: each shape on its own, and really compiled."""
+    torch._dynamo.config.recompile_limit = 1000  # from the ninth shape on it would run uncompiled
+    torch._functorch.config.donated_buffer = False  # or backward runs once only: no retain_graph
+    return torch.compile(function, dynamic=False, **options)
+
+
 def flex_attention():
     """FlexAttention, compiled, with a sliding-window block mask."""
     from torch.nn.attention import flex_attention as flex
 
-    compiled, masks = torch.compile(flex.flex_attention, dynamic=False), {}
+    attention, masks = compiled(flex.flex_attention), {}
+    block_mask = compiled(flex.create_block_mask)  # uncompiled, it fills T x T numbers
 
     def attend(q, k, v, window):
         T, W = q.shape[1], window or q.shape[1]
         if (T, W) not in masks:
-            masks[T, W] = flex.create_block_mask(lambda b, h, i, j: (i >= j) & (i - j < W),
-                                                 None, None, T, T, device=q.device)
+            masks[T, W] = block_mask(lambda b, h, i, j: (i >= j) & (i - j < W), None, None, T, T,
+                                     device=q.device)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return compiled(q, k, v, block_mask=masks[T, W], enable_gqa=True).transpose(1, 2)
+        return attention(q, k, v, block_mask=masks[T, W], enable_gqa=True).transpose(1, 2)
 
     return attend
 
@@ -217,7 +253,10 @@ def bench_kernels(args):
             "SDPA flash": Contestant(sdpa(SDPBackend.FLASH_ATTENTION), windowed=False),
             "SDPA cuDNN": Contestant(sdpa(SDPBackend.CUDNN_ATTENTION), windowed=False),
             "naive twin": Contestant(swa_attention_reference, longest=4096)}
-        lengths, windows = [2**n for n in range(11, 18)], [1024, 2048, 4096, 8192, None]
+        # by default few, since FlexAttention compiles each size for half a minute
+        lengths, windows = [4096, 32768, 131072], [4096, None]
+        if args.full:
+            lengths, windows = [2**n for n in range(11, 18)], [1024, 2048, 4096, 8192, None]
         dims, rings = (128, 64), [(1, 4096), (64, 4096), (16, 32768)]  # rings: batch, places
     else:
         contestants["SDPA, full mask"] = Contestant(masked_sdpa())
@@ -226,13 +265,15 @@ def bench_kernels(args):
     ceilings = {"matmul": matmul_rate(device), "copy": copy_bandwidth(device)}
     print(f"ceilings: matrix product {ceilings['matmul'] / 1e12:.3g} TFLOP/s, "
           f"copy {ceilings['copy'] / 1e9:.3g} GB/s", flush=True)
-    rows = []
-    for D in dims:
-        for T in lengths:
-            for W in windows:
-                if (W or 0) < T:
-                    rows += attention_rows(contestants, D, T, W, ceilings["matmul"], args)
-                    print(f"  D={D} T={T} W={W or 'full'} done", flush=True)
+    rows, ending = [], time.monotonic() + KERNEL_SECONDS
+    for D, T, W in product(dims, lengths, windows):
+        if W and W >= T:
+            continue
+        if gpu and not args.full and time.monotonic() > ending:
+            print(f"  D={D} T={T} W={W or 'full'} left out for want of time: --full", flush=True)
+            continue
+        rows += attention_rows(contestants, D, T, W, ceilings["matmul"], args)
+        print(f"  D={D} T={T} W={W or 'full'} done", flush=True)
     for batch, places in rings:
         rows += decode_rows(batch, places, dims[0], ceilings["copy"], args)
     finish(args, f"kernels-{'gpu' if gpu else 'cpu'}", rows, draw_kernels)
@@ -247,40 +288,46 @@ def random_heads(device, D, *lengths):
 
 
 def attention_rows(contestants, D, T, W, rate, args):
-    """Each contestant's forward and backward at one size."""
-    device = args.torch_device
+    """Each contestant's forward and backward at one size, or why there is none."""
+    device, gpu = args.torch_device, args.torch_device.type == "cuda"
     q, k, v = (x.requires_grad_() for x in random_heads(device, D, (1, T), (1, T), (1, T)))
-    gradient, runs, memory = torch.randn_like(q), {}, {}
+    gradient, runs, memory, rows = torch.randn_like(q), {}, {}, []
+    size = {"D": D, "T": T, "W": W or "full"}
     for name, contestant in contestants.items():
         if T > contestant.longest or (W and not contestant.windowed):
             continue
         try:
             o, memory[name] = first_run(contestant.attend, (q, k, v), gradient, W, device)
-        except RuntimeError as error:  # a peer without a kernel for this shape, or out of memory
-            print(f"  {name}, T={T}, W={W}, D={D} left out: {str(error).splitlines()[0][:90]}",
-                  flush=True)
+        except Exception as error:  # no kernel for this shape, out of memory, a compiler's: any
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:90]
+            print(f"  {name}, {size}: {reason}", flush=True)
+            rows.append({"part": "forward, backward", "what": name, **size, "failed": reason})
             continue
         runs[name, "forward"] = torch.no_grad()(partial(contestant.attend, q, k, v, W))
         runs[name, "backward"] = partial(torch.autograd.grad, o, (q, k, v), gradient,
                                          retain_graph=True)
-    turns, rows = args.repeats * (10 if device.type == "cuda" else 1), []
-    for (name, part), seconds in side_by_side(runs, turns, device).items():
+    turns, patience = (10 * args.repeats, 2) if gpu else (args.repeats, math.inf)
+    for (name, part), seconds in side_by_side(runs, turns, device, patience).items():
         flops = (4 if part == "forward" else 10) * q.shape[2] * D * pairs(T, W)
-        rows.append({"part": part, "what": name, "D": D, "T": T, "W": W or "full",
+        rows.append({"part": part, "what": name, **size,
                      "ms": seconds * 1e3, "TFLOP/s": flops / seconds / 1e12,
                      "of ceiling": flops / seconds / rate, "MB": memory[name]})
     return rows
 
 
 def first_run(attend, qkv, gradient, W, device):
-    """-> (output, MB that forward and backward took at their peak; None on a CPU)."""
-    gpu = device.type == "cuda"
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    o = attend(*qkv, W)
-    torch.autograd.grad(o, qkv, gradient, retain_graph=True)
-    return o, (torch.cuda.max_memory_allocated() - before) / 1e6 if gpu else None
+    """-> (output, MB that forward and backward take at their peak; None on a CPU)."""
+    def both():
+        o = attend(*qkv, W)
+        torch.autograd.grad(o, qkv, gradient, retain_graph=True)
+        return o
+
+    if device.type != "cuda":
+        return both(), None
+    both()  # compiles, and makes masks: neither is what attention takes
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    return both(), (torch.cuda.max_memory_allocated() - before) / 1e6
 
 
 def decode_rows(batch, places, D, bandwidth, args):
@@ -292,22 +339,12 @@ def decode_rows(batch, places, D, bandwidth, args):
     runs = {"swa_kernel": partial(swa_decode, q, k, v, position),
             "SDPA": partial(F.scaled_dot_product_attention, *heads_first, enable_gqa=True)}
     if device.type == "cuda":  # as generation runs it, without launch gaps
-        runs |= {f"{name}, graph": captured(run) for name, run in list(runs.items())}
+        runs |= {f"{name}, graph": captured(run).replay for name, run in list(runs.items())}
     size = k.nbytes + v.nbytes
     return [{"part": "decode", "what": f"{name}, batch {batch}", "D": D, "T": 1, "W": places,
              "ms": seconds * 1e3, "TFLOP/s": None, "of ceiling": size / seconds / bandwidth,
              "MB": size / 1e6}
             for name, seconds in side_by_side(runs, 20 * args.repeats, device).items()]
-
-
-def captured(run):
-    """A function as a CUDA graph's replay."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 def draw_kernels(figure, rows):
@@ -348,10 +385,8 @@ def decode_seconds(model, slots, length, steps=24):
         decoder.running.alive.fill_(True)
         for _ in range(3):
             decoder.replay(slots)
-        began = clock(model.device)
-        for _ in range(steps):
-            decoder.replay(slots)
-        total += (clock(model.device) - began) / steps / len(QUARTERS)
+        seconds = timed(lambda: [decoder.replay(slots) for _ in range(steps)], model.device)
+        total += seconds / steps / len(QUARTERS)
     return total, torch.cuda.max_memory_allocated() / 1e9
 
 
@@ -544,6 +579,8 @@ def parser():
                         help="model shape (GPU: qwen2.5-1.5b, CPU: smollm2-135m)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
     parser.add_argument("--out", default="out/bench", help="folder of the JSON files and pictures")
+    parser.add_argument("--full", action="store_true",
+                        help="all sizes of the kernels on a GPU; else 8 minutes' worth")
     parser.add_argument("--repeats", type=int, default=3,
                         help="turns of each contestant; medians count")
     parser.add_argument("--memory", type=float, default=60,

@@ -29,7 +29,7 @@ import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime
-from functools import cached_property, partial, reduce, wraps
+from functools import cache, cached_property, partial, reduce, wraps
 from pathlib import Path
 from types import BuiltinMethodType
 
@@ -770,15 +770,40 @@ class Decoder:
         now.position *= now.alive  # who has ended reads one key, not a whole ring
 
     def replay(self, n):
-        """step(n) as a CUDA graph: the first step of a size runs as it is and is its warm-up."""
+        """step(n), from its second time on as a CUDA graph."""
         if n in self.graphs:
             return self.graphs[n].replay()
-        self.step(n)
         if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.graphs[n] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[n]):
-                self.step(n)
+            self.graphs[n] = captured(partial(self.step, n))
+        else:
+            self.step(n)
+
+
+@cache
+def graph_place():
+    """The stream on which all CUDA graphs are recorded and the memory pool in which they compute.
+
+    One of each: another pool would hold a step's logits again, another stream cuBLAS's workspace.
+    Graphs may share them since no two run at once, and none leaves anything in the pool.
+    """
+    return torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+
+
+def captured(run):
+    """Runs `run` once, then records it as a CUDA graph.
+
+    The run compiles the kernels and makes cuBLAS's workspace, on the recording's stream but outside
+    its pool: the graph depends on nothing that lies there. Recording is thread-local, or what
+    another thread does with the GPU meanwhile would be an error here.
+    """
+    stream, pool = graph_place()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):  # synchronizes
+        run()
+    return graph
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0, n_ids=None):
