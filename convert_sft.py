@@ -7,7 +7,7 @@ sees what the window costs before, during and after.
 
 In the order of the file: the settings of a stage; the conversion; then what both stages share: the
 data, the training step over packed rows (Trainer), the folder of a run (Run: checkpoints, log), the
-memory plan; at the end the tiny task and the pretraining of its base.
+memory plan; at the end the tiny tasks and the pretraining of their bases.
 
 Left out on purpose: LoRA, sequence parallelism, a data-loading service (the data position is the
 step).
