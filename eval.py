@@ -1445,6 +1445,9 @@ def write_page(folders, page=PAGE):
                              "out/tiny/sft-w24 and out/tiny/rl-w24")
         settings = RLSettings.of(model="tiny", **{k: run[k] for k in ("data", "window", "seed")})
         model = Transformer.from_pretrained(folder)
+        if model.config.sinks or model.config.nope_full:
+            raise UsageError(f"{folder}: the page's model has no sinks and no layers without RoPE, "
+                             "give another run")
         tokenizer = Tokenizer(model.tokenizer_files)
         task = tasks.setdefault(run["data"], {
             "name": run["data"], "start": as_prompt(tokenizer, "", ""),

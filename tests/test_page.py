@@ -330,8 +330,8 @@ def test_widths_and_colours(browser, width, dark):
     browser.open(PAGE, "time=1000", width, 900, dark, mobile=width < 500)
     assert browser.js("document.documentElement.scrollWidth") <= width
     assert browser.js("""[...document.querySelectorAll("input, select, button")].filter(x =>
-        x.checkVisibility() && !(x.labels?.length || x.ariaLabel || x.textContent.trim())
-        ).map(x => x.outerHTML)""") == []
+        x.checkVisibility() && !(x.labels?.length || x.ariaLabel
+        || x.matches("button") && x.textContent.trim())).map(x => x.outerHTML)""") == []
     assert browser.js("[...document.querySelectorAll('svg')].every(x => x.ariaLabel)")
     colours = browser.js("""["--paper", "--ink", "--soft", "--sa", "--swa", "--right", "--wrong"]
         .map(name => getComputedStyle(document.documentElement).getPropertyValue(name))""")
@@ -395,6 +395,7 @@ def runs(tmp_path, monkeypatch):
         model.save_pretrained(folder)
         identity = {"stage": stage, "data": "tiny", "window": 12, "seed": 5}
         (folder / "run.json").write_text(json.dumps({"identity": identity}))
+        (folder / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     (folder / "log.jsonl").write_text('{"settings": {}}\n' + "".join(
         json.dumps({"step": step, "reward": step / 2, "length": 50.0}) + "\n" for step in (1, 2)))
     tokenizer, episodes = Tokenizer(model.tokenizer_files), ""
@@ -415,6 +416,7 @@ def test_command_rewrites_the_data_alone(browser, runs, capsys):
     sft, rl = task["models"]
     assert (sft["label"], rl["label"], rl["window"]) == ("SWA-SFT", "SWA-RL", 12)
     assert rl["accuracy"]["greedy"]["n"] == 8
+    assert sft["steps"] == []
     assert rl["steps"] == [{"step": s, "reward": s / 2, "length": 50.0} for s in (1, 2)]
     assert [(e["step"], e["answer"]) for e in rl["episodes"]] == [
         (1, "a</script>"), (2, "a</script>")]
@@ -428,10 +430,15 @@ def test_command_rewrites_the_data_alone(browser, runs, capsys):
 
 
 @pytest.mark.parametrize("folder, said", [
-    ("missing", "does not exist"), ("out", "does not exist"), ("base", "no SFT or RL run")])
+    ("missing", "does not exist"), ("out", "does not exist"), ("base", "no SFT or RL run"),
+    ("sunk", "no sinks")])
 def test_command_refuses(runs, folder, said):
     (runs / "base").mkdir()
     (runs / "base" / "run.json").write_text('{"identity": {"stage": "base", "seed": 0}}')
+    sunk = Transformer.from_pretrained(runs / "out" / "tiny" / "rl-w12")
+    sunk.config.sinks = 2
+    sunk.save_pretrained(runs / "sunk")
+    shutil.copy(runs / "out" / "tiny" / "rl-w12" / "run.json", runs / "sunk")
     with pytest.raises(UsageError, match=said):
         write_page([runs / folder], runs / "page.html")
     (runs / "bare.html").write_text("<html>")
