@@ -1439,7 +1439,8 @@ def write_page(folders, page=PAGE):
     if not DATA_BLOCK.search(html):
         raise UsageError(f"{page} has lost its block of data: fetch the file again")
     for folder in map(Path, folders):
-        run = read_json(folder / "run.json").get("identity", {})
+        made = folder / "run.json"
+        run = read_json(made).get("identity", {}) if made.exists() else {}
         if run.get("data") not in TASKS:
             raise UsageError(f"{folder} is no SFT or RL run of a tiny task: give folders such as "
                              "out/tiny/sft-w24 and out/tiny/rl-w24")

@@ -430,7 +430,7 @@ def test_command_rewrites_the_data_alone(browser, runs, capsys):
 
 
 @pytest.mark.parametrize("folder, said", [
-    ("missing", "does not exist"), ("out", "does not exist"), ("base", "no SFT or RL run"),
+    ("missing", "no SFT or RL run"), ("out", "no SFT or RL run"), ("base", "no SFT or RL run"),
     ("sunk", "no sinks")])
 def test_command_refuses(runs, folder, said):
     (runs / "base").mkdir()
