@@ -1062,9 +1062,11 @@ def reach(args):
         raise UsageError(f"--analysis reach asks for facts beyond {layers} layers x (window - 1): "
                          f"give a --window from 3 to {(limit - 35) // layers + 1}")
     far, middle = layers * (W - 1), layers // 2
-    distances = sorted({W // 2, W - 1, W, 2 * (W - 1), far - 2, far, far + 1, far + 10, far + 30})
+    length, sinks = far + 35, 4
+    distances = sorted({W // 2, W - 1, W, 2 * (W - 1), far - 2, far, far + 1, far + 10, far + 30,
+                        far + 32})  # the last among the first tokens, which sinks keep
     one = {"full_layers": (middle,)}
-    kinds = {"SA": {}, "SWA": {}, "SWA, 4 sinks": {"sinks": 4},
+    kinds = {"SA": {}, "SWA": {}, f"SWA, {sinks} sinks": {"sinks": sinks},
              f"hybrid, layer {middle} full": one, "hybrid, NoPE": one | {"nope_full": True}}
     runs, tasks = plan(args, 0).settings.folder().parent / "analysis" / "runs" / "reach", []
     how = Evidence()
@@ -1076,8 +1078,10 @@ def reach(args):
                     sft = settings.stage1
                     how = Evidence(sft.steps, settings.steps, sft.batch, sft.lr, sft.eval_examples)
                 folder = runs / f"{family}-{label.replace(', ', '-').replace(' ', '-')}-w{W}-{seed}"
-                tasks.append((folder, settings, changes, distances, far + 35, how, facts))
+                tasks.append((folder, settings, changes, distances, length, how, facts))
     done, rows, panels = iter(run_all(reach_run, tasks, args.workers)), [], []
+    where = {d: "window" if d < W else "reach" if d <= far else
+             "sinks" if d >= length - sinks else "beyond" for d in distances}
     for family in FAMILIES:
         found = {label: [next(done) for _ in args.seeds] for label in kinds}
         series = {}
@@ -1086,7 +1090,7 @@ def reach(args):
                      for label, results in found.items()}
             series |= {label: line for label, line in lines.items() if stage == "rl"}
             rows += [{"family": family, "stage": f"after {stage.upper()}", "distance": d,
-                      "where": "window" if d < W else "reach" if d <= far else "beyond",
+                      "where": where[d],
                       **{label: lines[label][i] for label in lines}}
                      for i, d in enumerate(distances)]
         panels.append(Panel("line", f"{family}, after RL", distances, series,

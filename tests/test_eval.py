@@ -709,7 +709,7 @@ ANALYSES = {  # what is added to the command -> rows of the table
     "windows": (["--windows", "16,full"], 4),
     "strategies": ([], 18),
     "budgets": ([], 3),
-    "reach": (["--window", "8"], 36),
+    "reach": (["--window", "8"], 40),
     "recipe": ([], 6),
     "arms": ([], 6),
     "dose": ([], 14),
