@@ -1302,12 +1302,15 @@ def audit(args):
     rows = [{"window": f"{w}{sinks}" if w else "full"} for w in config.windows]
     T = x.shape[1]
     for name, run in (("nanoSWARR", run_here), ("transformers", run_transformers)):
-        layers, begin = run(folder, x)
+        layers, forward = run(folder, x)
         for phase, prompt in (("prefill", T), ("decode", max(1, T - DECODED))) if layers else ():
             print(f"{name}, {phase}: {len(layers)} layers, {len(x)} x {T:,} tokens", flush=True)
-            found = told_apart(layers, begin, x, [0, *range(prompt, T + 1)])
+            found = told_apart(layers, forward, x, [0, *range(prompt, T + 1)])
             for row, window, seen in zip(rows, config.windows, found, strict=True):
-                row[f"{name} {phase}"] = verdict(window, changed, seen)
+                due = [window is None] + [True] * (len(changed) - 1)
+                row[f"{name} {phase}"] = ", ".join(
+                    f"{'sees' if saw else 'misses'} {what}"
+                    for what, saw, must in zip(changed, seen, due) if saw != must) or "ok"
     table = []
     for row, alike in groupby(range(len(rows)), rows.__getitem__):
         first, *others = alike
@@ -1339,41 +1342,30 @@ def audit_states(config, device, seed):
     return x, changed
 
 
-def verdict(window, changed, seen):
-    """What a layer sees beyond its window and what it misses, or ok."""
-    due = [window is None] + [True] * (len(changed) - 1)
-    wrong = [f"{'sees' if saw else 'misses'} {what}"
-             for what, saw, must in zip(changed, seen, due, strict=True) if saw != must]
-    return ", ".join(wrong) or "ok"
-
-
 @torch.no_grad()
-def told_apart(layers, begin, x, cuts):
-    """begin() -> forward(start, end), called from cut to cut; each layer is fed with x (rows, T, C)
-    in place of what the layer before it says -> [layer][row after the first]: whether its attention
-    answers the row's last token otherwise than the first row's.
-
-    One row at a time: in a batch equal rows may be rounded differently.
-    """
+def told_apart(layers, forward, x, cuts):
+    """forward(start, end) from cut to cut for each row, each layer fed with x (rows, T, C) in place
+    of what the layer before it says -> [layer][row after the first]: whether its attention answers
+    the last token otherwise than in the first row."""
     def feed(layer, args):
         return row[None, start:end], *args[1:]
 
     def keep(attention, args, output):
         output = output[0] if isinstance(output, tuple) else output
-        answers.append(output[0, -1].clone())  # not a view, which would keep the whole
+        answers.append(output[0, -1].clone())  # a view would keep all of it
 
     hooks = [hook for layer in layers for hook in (
         layer.register_forward_pre_hook(feed), layer.self_attn.register_forward_hook(keep))]
     rows = []
+    # One by one: in a batch equal rows may be rounded differently
     for row in x:  # noqa: B007  (feed reads it)
-        forward = begin()
         for start, end in zip(cuts, cuts[1:]):
             answers = []
             forward(start, end)
-        rows.append(torch.stack(answers))  # (layers, C)
+        rows.append(answers)
     for hook in hooks:
         hook.remove()
-    return [[not row[i].equal(rows[0][i]) for row in rows[1:]] for i in range(len(layers))]
+    return [[not other.equal(first) for other in others] for first, *others in zip(*rows)]
 
 
 def attention_only(model, x):
@@ -1385,24 +1377,21 @@ def attention_only(model, x):
 
 
 def run_here(folder, x):
-    """-> the layers, and begin() -> forward(start, end): tokens as generation runs them."""
+    """-> the layers, and forward(start, end): one sequence's tokens, as generation runs them."""
     model = Transformer.from_pretrained(folder)
-    layers = attention_only(model.model, x)
+    layers, cache = attention_only(model.model, x), None
 
-    def begin():
-        cache = Cache(model.config, 1, x.shape[1], x.device, x.dtype)
+    def forward(start, end):
+        nonlocal cache
+        if start == 0:
+            cache = Cache(model.config, 1, x.shape[1], x.device, x.dtype)
+            attend, position = cache.prefill([0], [end])
+        else:
+            position = torch.tensor([[start]], device=x.device)
+            attend = cache.decode(position[0])
+        model.hidden(torch.zeros_like(position), position, attend)
 
-        def forward(start, end):
-            if start == 0:
-                attend, position = cache.prefill([0], [end])
-            else:
-                position = torch.tensor([[start]], device=x.device)
-                attend = cache.decode(position[0])
-            model.hidden(torch.zeros_like(position), position, attend)
-
-        return forward
-
-    return layers, begin
+    return layers, forward
 
 
 def run_transformers(folder, x):
@@ -1414,18 +1403,15 @@ def run_transformers(folder, x):
     except (ImportError, OSError, ValueError) as error:
         print(f"transformers is left out: {str(error).splitlines()[0]}", flush=True)
         return [], None
-    layers = attention_only(model, x)
+    layers, past = attention_only(model, x), None
 
-    def begin():
-        past = {}
+    def forward(start, end):
+        nonlocal past
+        tokens = torch.zeros(1, end - start, dtype=torch.long, device=x.device)
+        said = model(tokens, past_key_values=past if start else None, use_cache=True)
+        past = said.past_key_values
 
-        def forward(start, end):
-            tokens = torch.zeros(1, end - start, dtype=torch.long, device=x.device)
-            past["past_key_values"] = model(tokens, use_cache=True, **past).past_key_values
-
-        return forward
-
-    return layers, begin
+    return layers, forward
 
 
 # --------------------------------------------------------------------------------------------------
