@@ -1111,7 +1111,7 @@ def analyse(args):
         run_all(pretrain, [(settings,) for settings in planned], args.workers)
     rows, pictures = ANALYSES[args.analysis](args)
     seeds = f"seed{'s' * (len(args.seeds) > 1)} {', '.join(map(str, args.seeds))}"
-    title = f"{ANALYSES[args.analysis].__doc__}; {seeds}."
+    title = f"{' '.join(ANALYSES[args.analysis].__doc__.split())}; {seeds}."
     home = plan(args, 0).settings.folder().parent
     write_report(home / "analysis", args.analysis, title, rows, pictures, args,
                  f"{home.name}, {seeds}")
