@@ -1066,8 +1066,9 @@ def reach(args):
     distances = sorted({W // 2, W - 1, W, 2 * (W - 1), far - 2, far, far + 1, far + 10, far + 30,
                         far + 32})  # the last among the first tokens, which sinks keep
     one = {"full_layers": (middle,)}
-    kinds = {"SA": {}, "SWA": {}, f"SWA, {sinks} sinks": {"sinks": sinks},
-             f"hybrid, layer {middle} full": one, "hybrid, NoPE": one | {"nope_full": True}}
+    kinds = {"SA": {}, "SWA": {}, f"{sinks} sinks": {"sinks": sinks},
+             f"hybrid, layer {middle} full": one,
+             f"layer {middle} full, NoPE": one | {"nope_full": True}}
     runs, tasks = plan(args, 0).settings.folder().parent / "analysis" / "runs" / "reach", []
     how = Evidence()
     for family, facts in FAMILIES.items():
