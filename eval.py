@@ -905,8 +905,11 @@ def locality(args):
     first = args.references[0]
 
     def estimate(label, which, value, reference=first):
-        return over_seeds([[[value(t)] for t in trajectories if t.correct or which == "all"]
-                           for trajectories in found[reference, label]], rate=False)
+        groups = [[[value(t)] for t in trajectories if t.correct or which == "all"]
+                  for trajectories in found[reference, label]]
+        # A short answer has no token in some tenths
+        return over_seeds([[[v] for v, in group if v == v] for group in groups],
+                          rate=False)
 
     rows = [{"reference": reference, "policy": label, "trajectories": which,
              "KL a token": estimate(label, which, lambda t: t.kl[W], reference),

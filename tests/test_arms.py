@@ -168,6 +168,7 @@ def test_filtered_is_the_likelihood_of_right_answers():
     model = untrained(ROLL_CALL, 0)
     groups, rows = rows_of(model, settings, [[0.0, 1.0], [1.0, 0.0]])
     right = [groups[0][1], groups[1][0]]
+    assert len(rows) == 2
     n = sum(len(e.tokens) for e in right)
     rewards = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
     assert rl.count_up(groups, rewards, advantages_of(rewards, settings))["useful_tokens"] == n
