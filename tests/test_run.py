@@ -601,8 +601,8 @@ def test_the_plan_is_what_pytorch_counts(monkeypatch):
     """An update of the real 1.5B shape on fake tensors, followed by PyTorch's memory tracker."""
     tokens, config = 16384, replace(SHAPES["qwen2.5-1.5b"], window=4096)
 
-    def attention(q, k, v, window, cu_seqlens):
-        return swa_kernel._attention(q, k, v, cu_seqlens, window)[0]
+    def attention(q, k, v, window, cu_seqlens, sinks):
+        return swa_kernel._attention(q, k, v, cu_seqlens, window, sinks)[0]
 
     monkeypatch.setattr(nano, "swa_attention", attention)  # its checks ask for values
     with FakeTensorMode(allow_non_fake_inputs=True):

@@ -64,7 +64,7 @@ def test_the_tiny_recipe(tmp_path):
     assert "tiny" in start("eval", "--out", tmp_path / "out", *command, *arms[1:3])
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=200):
     end = time.time() + seconds
     while not condition():
         assert time.time() < end, "nothing happened"
