@@ -19,8 +19,9 @@ import torch
 from test_train import flags, handlers, logged, untrained  # noqa: F401  (handlers is a fixture)
 
 import convert_sft
-from convert_sft import TASKS
-from model import Transformer, cli, config_from_json
+import rl
+from convert_sft import TASKS, Trainer
+from model import Tokenizer, Transformer, cli, config_from_json
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["convert_sft", "rl", "eval", "bench"]
@@ -245,6 +246,43 @@ def test_a_folder_and_problems_as_their_user_meets_them(small, monkeypatch, caps
     convert_sft.untrained(TASKS["tiny"], 1).save_pretrained(home / "other" / "small")
     other = told.replace(str(home / "small"), str(home / "other" / "small"))
     refuses("rl", other, r"made with other settings \(base\)")
+
+
+def test_what_a_script_trains_on(small, monkeypatch):
+    """A template that ends in what solutions begin with, and one file for both stages: no row says
+    it twice, and what was validated reached no gradient."""
+    home, _ = small
+    config = home / "small" / "tokenizer_config.json"
+    said = json.loads(config.read_text())
+    config.write_text(json.dumps(said | {"chat_template": said["chat_template"] + "["}))
+    problems = [json.loads(line) for line in (home / "problems.jsonl").read_text().splitlines()]
+    problems = [p | {"solution": f"[{p['solution']}"} for p in problems if p["solution"]]
+    (home / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
+    rows, validated, update, roll_out = [], [], Trainer.update, rl.roll_out
+
+    def updating(self, batch, *arguments):
+        rows.extend(batch)
+        return update(self, batch, *arguments)
+
+    def rolling_out(model, tokenizer, problems, samples, *arguments, **more):
+        validated.extend(p["problem"] for p in problems if samples == 1)
+        return roll_out(model, tokenizer, problems, samples, *arguments, **more)
+
+    monkeypatch.setattr(Trainer, "update", updating)
+    monkeypatch.setattr(rl, "roll_out", rolling_out)
+    monkeypatch.setattr(rl, "grade_batch", lambda texts, *_: [
+        "correct" if len(text) % 2 else "wrong" for text in texts])
+    words = (f"rl.py --model {home / 'small'} --data {home / 'problems.jsonl'} --out {home} "
+             "--seed 1 --device cpu --window 24 --prompts 20 --group 2 --max-new-tokens 8 "
+             "--validate 40 --sft-steps 4 --steps 4 --micro-tokens 2048 --instruction")
+    monkeypatch.setattr(sys, "argv", [*words.split(), ""])
+    cli(rl.main)
+    tokenizer = Tokenizer.from_pretrained(home / "small")
+    texts = [tokenizer.decode(row["tokens"], skip_special=False) for row in rows]
+    sft = [text for text in texts if "=" in text]
+    assert len(sft) > 50 and all(re.fullmatch(r"<bos>[^\[]*\?\[[^\[].*", text) for text in sft)
+    trained = {text.partition("[")[0].removeprefix("<bos>") for text in texts}
+    assert len(set(validated)) > 5 and len(trained) > 50 and not trained & set(validated)
 
 
 # --------------------------------------------------------------------------------------- commands
