@@ -401,8 +401,10 @@ def under(window, model):
     """The model with another window, for a while; "own": with its own."""
     own = model.config.window
     model.config.window = own if window == "own" else window
-    yield
-    model.config.window = own
+    try:
+        yield
+    finally:
+        model.config.window = own
 
 
 @torch.no_grad()

@@ -224,7 +224,8 @@ def test_anothers_answers(after_sft, monkeypatch):
 
 
 def test_another_window_for_a_while():
-    """Under it the model generates as one that has it does; afterwards it has its own again."""
+    """Under it the model generates as one that has it does; afterwards, however that ended, it has
+    its own again: a checkpoint would declare another."""
     model, narrow = untrained(ROLL_CALL), untrained(ROLL_CALL)
     narrow.config.window = 2
     prompts = [[1, 20, 3, 4, 5, 6, 7, 8]]
@@ -232,6 +233,9 @@ def test_another_window_for_a_while():
         ours = generate(model, prompts, 8, seed=0)
         with under("own", model):
             assert model.config.window == 2
+    assert model.config.window is None
+    with pytest.raises(InterruptedError), under(2, model):
+        raise InterruptedError
     assert model.config.window is None
     assert ours[0].logprobs == generate(narrow, prompts, 8, seed=0)[0].logprobs
     assert ours[0].logprobs != generate(model, prompts, 8, seed=0)[0].logprobs
