@@ -480,6 +480,15 @@ def test_cpu_path_is_linear():
     assert full > 5 * fast, f"{full:.2f} s against {fast:.2f} s"
 
 
+@kernels_only
+@pytest.mark.parametrize("old", [False, True])
+def test_either_triton(monkeypatch, old):
+    """How the LSE is loaded depends on Triton's version."""
+    monkeypatch.setattr(swa, "OLD", swa.tl.constexpr(old))
+    compare(*tensors("cpu", 130, 2, 1, 64), 65)
+    compare(*tensors("cpu", 90, 2, 1, 32), 20, [33, 1, 56])
+
+
 @parent_only
 @needs_triton
 def test_interpreter():
@@ -511,7 +520,7 @@ def test_ahead_of_time(arguments):
     for r in records:
         assert r["shared"] <= SHARED[r["sm"]], r
         if r["dtype"] != "fp32":                      # products without tensor cores: speed is lost
-            assert r["loop_spills"] <= (4 if "--sinks" in arguments else 0), r
+            assert r["loop_spills"] <= (4 if "--sinks" in arguments else 6 * swa.OLD.value), r
             assert r["small_copies"] <= 2, r          # of lse and delta: one each
         if r["sm"] == 90 and r["kernel"] in ("_forward", "_backward_q", "_backward_kv"):
             assert r["wgmma"] and r["issue"] < 1, r
