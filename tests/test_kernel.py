@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -493,6 +494,8 @@ def test_either_triton(monkeypatch, old):
 @needs_triton
 def test_interpreter():
     """This file again, with the kernels in Triton's interpreter."""
+    if swa.OLD.value and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+        pytest.skip("the interpreter of Triton 3.6 needs NumPy < 2.4")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE,
@@ -509,8 +512,8 @@ SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}       # bytes that a 
     "--sm 90 --dims 64 128", "--sm 90 --dims 64 128 --sinks 70", "--sm 80 100 --dims 128",
     "--sm 89 --dims 96 --packed", "--sm 89 --dims 128 --dtypes fp32"])
 def test_ahead_of_time(arguments):
-    """Without a GPU: it compiles, fits, spills in no loop (with sinks 4 times in one), and uses
-    Hopper's matrix products."""
+    """Without a GPU: it compiles, fits, spills in no loop (with sinks 4 times in one, with Triton
+    3.6 six times more), and uses Hopper's matrix products."""
     script = Path(__file__).with_name("aot_compile.py")
     done = subprocess.run([sys.executable, str(script), *arguments.split()], text=True,
                           capture_output=True, check=False)
@@ -520,7 +523,8 @@ def test_ahead_of_time(arguments):
     for r in records:
         assert r["shared"] <= SHARED[r["sm"]], r
         if r["dtype"] != "fp32":                      # products without tensor cores: speed is lost
-            assert r["loop_spills"] <= (4 if "--sinks" in arguments else 6 * swa.OLD.value), r
+            allowed = 6 * swa.OLD.value + 4 * ("--sinks" in arguments)
+            assert r["loop_spills"] <= allowed, r
             assert r["small_copies"] <= 2, r          # of lse and delta: one each
         if r["sm"] == 90 and r["kernel"] in ("_forward", "_backward_q", "_backward_kv"):
             assert r["wgmma"] and r["issue"] < 1, r
