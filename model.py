@@ -841,7 +841,8 @@ class BlockedLinear(nn.Module):
     def __init__(self, linear):
         super().__init__()
         self.bias = None if linear.bias is None else linear.bias.detach()
-        # 16 rows: a usual batch. torch.compile uses the same operators, but needs a compiler
+        # 16 rows: a usual batch. torch.compile with freezing packs as well, but bfloat16 only (0.54
+        # of the plain time, 0.55 here; float32 0.91, 0.58 here), and needs a C++ compiler
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 16)
 
     def forward(self, x):
