@@ -457,6 +457,7 @@ def long_generation_rows(args):
             decoder.step(1)
             if i in marks:
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+                print(f"  window {window or 'full'}: token {i} of {args.long}", flush=True)
                 rows.append({"what": f"tiny, window {window or 'full'}, token {i}",
                              "cache MB": decoder.cache.nbytes / 1e6, "peak process MB": peak})
     return rows

@@ -1177,7 +1177,7 @@ def shown(value):
 
 def count(values):
     """The n of estimates: `n = 512`."""
-    n = sorted({value.n for value in values if isinstance(value, Estimate)})
+    n = sorted({value.n for value in values if isinstance(value, Estimate) and value.n})
     if not n:
         return ""
     return f"n = {n[0]}{f' to {n[-1]}' if len(n) > 1 else ''}, 95 % intervals"

@@ -651,7 +651,7 @@ def draw_recipe(path, found, settings, second):
     for axis in by_size:
         axis.set(xlabel="size of the problem", ylim=(-0.03, 1.05), ylabel="accuracy at T=1")
         axis.set_title("dashed: after SFT", fontsize=8)
-    curves.set(xlabel="step", ylabel="mean reward on training prompts", ylim=(0, 1.05))
+    curves.set(xlabel="step", ylabel="mean reward of a step", ylim=(0, 1.05))
     figure.suptitle(f"{path.parent.name}, seed {settings.seed}, 95 % intervals", fontsize=9)
     save_figure(figure, path)
 

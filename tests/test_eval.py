@@ -112,6 +112,13 @@ def test_over_seeds():
     assert apart.mean == pytest.approx(0.5) and apart.low < 0.35 and apart.high > 0.65
 
 
+def test_a_caption_counts_what_was_measured():
+    three, none, nine = (over_seeds([np.ones((n, 1))]) for n in (3, 0, 9))
+    values = three, none, "a name", nine
+    assert evaluation.count(values) == "n = 3 to 9, 95 % intervals"
+    assert evaluation.count(values[1:3]) == ""
+
+
 def test_pass_at_k_is_the_average_over_subsets():
     for n in range(1, 7):
         for right in itertools.product([0, 1], repeat=n):
