@@ -953,9 +953,9 @@ class Run:
     def steps(self, total, hours=0):
         """Yields the steps (0-based) that are left. After each: counts it, saves where due, stops
         where Ctrl-C, SIGTERM or the clock ask for it; all ranks leave in the same step."""
-        self.total = total
+        self.total, self.most_seconds = total, hours * 3600 or math.inf
         while self.step < total:
-            if self.agreed(hours and self.elapsed() > hours * 3600):
+            if self.agreed(self.elapsed() > self.most_seconds):
                 return
             (self.folder / "config.json").unlink(missing_ok=True)  # a longer run is not finished
             yield self.step
@@ -1111,8 +1111,8 @@ class Run:
         if line and time.time() - self.printed >= every:
             first, began = self.first
             pace = (time.time() - began) / (record["step"] - first)  # with saves and validation
-            left = duration(pace * (self.total - record["step"]))
-            print(f"{line} | {left} left", flush=True)
+            left = min(pace * (self.total - record["step"]), self.most_seconds - record["elapsed"])
+            print(f"{line} | {duration(max(left, 0))} left", flush=True)
             self.printed = time.time()
         self.append(record)
 

@@ -631,6 +631,16 @@ def test_a_run_that_its_time_ended_is_finished(tmp_path, monkeypatch, save_minut
     assert not again.finished(10) and not again.finished(10, 2 * hours)
 
 
+def test_the_time_left_is_at_most_that_of_hours(tmp_path, capsys):
+    run = Run(SFTSettings.of(model="tiny"), tmp_path, {"lr": 1})
+    run.start(trainer_of())
+    for _ in itertools.islice(run.steps(10**9, 0.01), 2):
+        time.sleep(0.01)
+        run.log({}, "a step")
+    lines = capsys.readouterr().out.splitlines()[-2:]
+    assert all(re.fullmatch(r"a step \| 3[0-6] s left", line) for line in lines)
+
+
 def test_groups_that_agree_do_not_train(after_sft, monkeypatch):
     monkeypatch.setattr(rl, "grade_batch", lambda texts, *_: ["wrong"] * len(texts))
     folder = run("rl", after_sft, RL.format(1))
