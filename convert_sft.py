@@ -187,6 +187,8 @@ class Settings:
         if self.window_from and self.window is None:
             raise UsageError("--window-from shrinks towards a --window, and full has no size: "
                              "give a number of keys")
+        if self.tiny:
+            self.attention_of(self.tiny.config)  # told before a base is trained
 
     @property
     def tiny(self):
@@ -217,6 +219,11 @@ class Settings:
     def base(self):
         """The folder of the SA model that stage 1 begins with; a tiny task's is made if missing."""
         return pretrain(self) if self.tiny else resolve(self.model, MODEL_FILES)
+
+    def attention_of(self, config):
+        """A model's configuration, with the attention of this run."""
+        return replace(config, window=self.window, sinks=self.sinks, nope_full=self.nope_full,
+                       full_layers=self.full_layers if self.window else ())
 
     def micro_batch(self):
         """Tokens of the largest micro-batch that can come."""
@@ -281,9 +288,7 @@ def convert(settings, then=None):
     # Of SA: before the window is set, before a resume
     teacher = held_out_loss(model, held_out, settings, device)
 
-    model.config = replace(model.config, window=settings.window, sinks=settings.sinks,
-                           nope_full=settings.nope_full,
-                           full_layers=settings.full_layers if settings.window else ())
+    model.config = settings.attention_of(model.config)
     preflight(settings, device)
     trainer = settings.trainer(model, device)
     run.start(trainer)
@@ -1351,8 +1356,7 @@ def config_of(model):
 
 def plan_of(settings, cpu=False):
     """The plan of one GPU or a CPU, before anything is allocated; needs config.json only."""
-    config = replace(config_of(settings.model), window=settings.window, sinks=settings.sinks,
-                     full_layers=settings.full_layers)
+    config = settings.attention_of(config_of(settings.model))
     sizes = settings.micro_batch(), settings.most_slots(), settings.longest()
     if cpu:
         return cpu_plan(config, *sizes, settings.other_models)

@@ -516,8 +516,8 @@ def prepare(planned):
     if planned.base and not (home / "base-wfull").exists():
         shutil.copytree(planned.base, home / "base-wfull")
     if planned.start and not (folder / "config.json").exists():
-        model = Transformer.from_pretrained(planned.start, window=settings.window)
-        model.config.sinks = settings.sinks
+        model = Transformer.from_pretrained(planned.start)
+        model.config = settings.attention_of(model.config)
         model.save_pretrained(folder)
     if planned.rows:
         home.mkdir(parents=True, exist_ok=True)

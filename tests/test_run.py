@@ -319,7 +319,8 @@ def test_a_validation_belongs_to_its_weights(after_sft):
 # --------------------------------------------------------------------------- before the first step
 
 FLAGS = {"--group 1": "give at least 2", "--temperature 0": "nothing is learned",
-         "--min-informative 13": "at most 12"}
+         "--min-informative 13": "at most 12", "--sinks 512": "below the model's 512 positions",
+         "--full-layers 3": "layers are 0 to 2"}
 
 
 @pytest.mark.parametrize("flags", FLAGS)

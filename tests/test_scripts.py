@@ -340,6 +340,7 @@ BAD = {  # script and flags -> what the sentence says; {tmp} is a folder with th
     f"convert_sft {TINY} --window full --window-from 30": "window-from",
     f"convert_sft {TINY} --window-from 0": "window-from",
     f"rl {TINY} --sinks -1": "--sinks -1: give a number of at least 0",
+    f"rl {TINY} --sinks 512": "below the model's 512 positions",
     f"convert_sft {TINY} --sinks few": "--sinks",
     "convert_sft --model tiny --steps -1": "--steps -1",
     f"convert_sft {TINY} --lr nan": "--lr nan",
