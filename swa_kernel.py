@@ -243,18 +243,16 @@ def _load(p, start, end, stride, R: tl.constexpr, D: tl.constexpr, BD: tl.conste
 
 
 @_jit
-def _load_numbers(p, start, end, R: tl.constexpr, FULL: tl.constexpr):
-    """(R,): numbers start .. start + R of a vector, zero from `end` on; FULL as in _load.
+def _load_numbers(p, start, end, R: tl.constexpr):
+    """(R,): numbers start .. start + R of a vector, zero from `end` on.
 
     OLD Triton gives each thread its copies of what it will use, 32 a block of dK/dV, each of 4
     bytes. A sum over a column of width 1 is in the way of that.
     """
-    o_r = start + tl.arange(0, R)
     if OLD:
-        b_x = tl.sum(_load(p, start, end, 1, R, 1, 1, FULL), 1)
-    elif FULL:
-        b_x = tl.load(p + o_r)
+        b_x = tl.sum(_load(p, start, end, 1, R, 1, 1, False), 1)
     else:
+        o_r = start + tl.arange(0, R)
         b_x = tl.load(p + o_r, mask=o_r < end, other=0.0)
     return b_x
 
@@ -477,7 +475,7 @@ def _backward_q(q, k, v, o, do, lse, delta, dq,
     b_do = _load(do + o_out, m0, T, H * D, BM, D, BD, False)
     b_delta = tl.sum(b_o.to(tl.float32) * b_do.to(tl.float32), 1)
     tl.store(delta + o_lse + o_m, b_delta, mask=o_m < T)
-    b_lse = _load_numbers(lse + o_lse, m0, T, BM, False)
+    b_lse = _load_numbers(lse + o_lse, m0, T, BM)
     b_dq = tl.zeros([BM, BD], tl.float32)
     seen = _keys_seen(i0, S, W, BM, BN)
     for FULL in tl.static_range(2):
@@ -536,14 +534,14 @@ def _backward_kv(q, k, v, do, lse, delta, dk, dv,
                 b_dp = _dot(b_v, tl.trans(b_do))                            # (BN, BD) @ (BD, BM)
                 # Both products before exp2, which then runs beside the second; lse and delta each
                 # where it is used: registers are short here, and this order spills none.
-                b_lse = _load_numbers(lse + o_lse, m0, T, BM, FULL)
+                b_lse = _load_numbers(lse + o_lse, m0, T, BM)
                 b_p = tl.exp2(b_s * (scale * LOG2E) - b_lse[None, :])
                 if not FULL:
                     o_i = (S - T + o_m)[None, :]
                     o_j = (j0 + tl.arange(0, BN))[:, None]
                     b_p = tl.where(_in_window_jit(o_i, o_j, W, SINKS), b_p, 0.0)
                 b_dv = _dot(b_p.to(b_do.dtype), b_do, b_dv)                 # (BN, BM) @ (BM, BD)
-                b_delta = _load_numbers(delta + o_lse, m0, T, BM, FULL)
+                b_delta = _load_numbers(delta + o_lse, m0, T, BM)
                 b_ds = b_p * (b_dp - b_delta[None, :])
                 b_dk = _dot(b_ds.to(b_q.dtype), b_q, b_dk)                  # (BN, BM) @ (BM, BD)
     o_out = ((i_b * S_all + first) * Hkv + i_k) * D             # in (B, S, Hkv, D)
