@@ -665,8 +665,6 @@ def arms(args):
 
 def dose(args):
     """The share of steps that restate in SFT's data, and a base that never saw a restatement"""
-    if plan(args, 0).settings.model != "tiny":
-        raise UsageError("--analysis dose is about the restatements of --model tiny: give that")
     task, table = TASKS["tiny"], {}
     for p in (0, 0.01, 0.02, 0.05, 0.1):
         table[f"{p:g}"] = lambda seed, p=p: plan(args, seed, f"dose/{p:g}",
@@ -892,8 +890,6 @@ def cross_sft(args):
 def locality(args):
     """How much trajectories lean on what is beyond a window (our stand-in for Eq. 4)"""
     W = plan(args, args.seeds[0]).settings.window
-    if W is None:
-        raise UsageError("--analysis locality: give --window a number of keys")
     sizes = sorted({W, *(args.windows or [8, 12, 16, 20, 24, 32, 48])} - {None})
     run_grid(args, both_arms(args))
     tasks = [(policy(args, seed, label), reference_model(args, seed, reference),
@@ -1111,6 +1107,11 @@ ANALYSES = {"recipe": recipe, "arms": arms, "dose": dose, "grid": grid, "localit
 def analyse(args):
     """Runs an analysis and writes <out>/<model>/analysis/<name>: .md, .json, .png."""
     planned = [plan(args, seed).settings for seed in args.seeds]
+    if args.analysis == "dose" and planned[0].model != "tiny":
+        raise UsageError("--analysis dose is about the restatements of --model tiny: give that")
+    if args.analysis != "reach" and planned[0].window is None:
+        raise UsageError(f"--analysis {args.analysis} sets SWA against SA: give --window a number "
+                         "of keys")
     if planned[0].tiny and args.analysis != "reach":
         run_all(pretrain, [(settings,) for settings in planned], args.workers)
     rows, pictures = ANALYSES[args.analysis](args)

@@ -354,6 +354,8 @@ BAD = {  # script and flags -> what the sentence says; {tmp} is a folder with th
     f"convert_sft {TINY} --out {{tmp}}/good.jsonl": "cannot be written",
     "eval --model {tmp}/empty --benchmarks tiny": "config.json does not exist",
     "eval --model tiny --benchmarks tiny --unknown": "--unknown",
+    "eval --model tiny --out {tmp} --analysis arms --window full": "--window a number of keys",
+    "eval --model tiny --out {tmp} --data roll-call --analysis dose": "of --model tiny: give that",
     "bench --shape none": "--shape",
 }
 
@@ -369,6 +371,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, case):
     script, *words = case.format(tmp=tmp_path).split()
     if "tiny" in words:
         words = [*flags(untrained(tmp_path / "out"), ""), "--device", "auto", *words]
+    monkeypatch.setattr("eval.pretrain", lambda settings: pytest.fail("a base is trained"))
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *words])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
