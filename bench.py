@@ -335,7 +335,9 @@ def decode_rows(batch, places, D, bandwidth, args):
     device = args.torch_device
     q, k, v = random_heads(device, D, (batch,), (batch, places), (batch, places))
     position = torch.full((batch,), places + 3, device=device)
-    heads_first = q[:, :, None], k.transpose(1, 2), v.transpose(1, 2)
+    k, v = (x.transpose(1, 2).contiguous() for x in (k, v))  # in memory as the model's cache is
+    heads_first = q[:, :, None], k, v
+    k, v = (x.transpose(1, 2) for x in (k, v))
     runs = {"swa_kernel": partial(swa_decode, q, k, v, position),
             "SDPA": partial(F.scaled_dot_product_attention, *heads_first, enable_gqa=True)}
     if device.type == "cuda":  # as generation runs it, without launch gaps

@@ -435,8 +435,9 @@ class SlidingWindow:
         Full attention is the same ring with as many places as the longest sequence has tokens.
         """
         places = min(self.sinks + self.window, length) if self.window else length
-        shape = slots, places, self.config.num_key_value_heads, self.config.head_dim
-        return torch.zeros(shape, **kind), torch.zeros(shape, **kind)
+        shape = slots, self.config.num_key_value_heads, places, self.config.head_dim
+        # In memory a head's keys lie side by side, as decoding reads them
+        return tuple(torch.zeros(shape, **kind).transpose(1, 2) for _ in ("keys", "values"))
 
     def place(self, position, places):
         """Where in the cache a position lies."""

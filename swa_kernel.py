@@ -167,21 +167,25 @@ def _packed_torch(q, k, v, window, cu_seqlens, sinks):
 
 def _decode_torch(q, k, v, position):
     """q (B, H, D) against the ring's slots 0 .. position; later ones of k and v are not written."""
-    S = k.shape[1]
-    if not q.is_cuda:                                 # on a GPU a look at the values is a host sync
-        S = min(S, int(position.max()) + 1)           # the used part of a long cache
-        k, v = k[:, :S], v[:, :S]
-    stale = torch.arange(S, device=q.device) > position[:, None]        # (B, S)
     q = q.unflatten(1, (k.shape[2], -1))              # (B, Hkv, G, D): a group's heads as queries
 
-    def attend(k, v):
+    def attend(k, v, mask=None):
         k, v = k.transpose(1, 2), v.transpose(1, 2)                     # (B, Hkv, S, D)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=~stale[:, None, None])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).flatten(1, 2)
 
-    o = attend(k, v)
+    S = k.shape[1]
+    if not q.is_cuda:                                 # on a GPU a look at the values is a host sync
+        first, last = (int(p) for p in position.aminmax())
+        S = min(S, last + 1)                          # the used part of a long cache
+        k, v = k[:, :S], v[:, :S]
+        if first + 1 >= S:                            # every row has written all of it
+            return attend(k, v)
+    stale = torch.arange(S, device=q.device) > position[:, None]        # (B, S)
+    o = attend(k, v, ~stale[:, None, None])
     if q.is_cuda or o.isnan().any():                  # a stale slot's NaN; cleaning copies k and v
-        o = attend(*(x.masked_fill(stale[:, :, None, None], 0) for x in (k, v)))
-    return o.flatten(1, 2)                            # (B, H, D)
+        k, v = (x.masked_fill(stale[:, :, None, None], 0) for x in (k, v))
+        o = attend(k, v, ~stale[:, None, None])
+    return o                                          # (B, H, D)
 
 
 # ------------------------------------------------------------------------------------- kernels
