@@ -509,7 +509,7 @@ SHARED = {80: 166912, 89: 101376, 90: 232448, 100: 232448}       # bytes that a 
 @parent_only
 @needs_triton
 @pytest.mark.parametrize("arguments", [
-    "--sm 90 --dims 64 128", "--sm 90 --dims 64 128 --packed", "--sm 90 --dims 64 128 --sinks 70",
+    "--sm 90 --dims 64 128", "--sm 90 --dims 128 --packed", "--sm 90 --dims 64 128 --sinks 70",
     "--sm 80 --dims 64 128", "--sm 100 --dims 128",
     "--sm 89 --dims 96 --packed", "--sm 89 --dims 128 --dtypes fp32"])
 def test_ahead_of_time(arguments):
