@@ -336,10 +336,8 @@ def decode_rows(batch, places, D, bandwidth, args):
     q, k, v = random_heads(device, D, (batch,), (batch, places), (batch, places))
     position = torch.full((batch,), places + 3, device=device)
     k, v = (x.transpose(1, 2).contiguous() for x in (k, v))  # in memory as the model's cache is
-    heads_first = q[:, :, None], k, v
-    k, v = (x.transpose(1, 2) for x in (k, v))
-    runs = {"swa_kernel": partial(swa_decode, q, k, v, position),
-            "SDPA": partial(F.scaled_dot_product_attention, *heads_first, enable_gqa=True)}
+    runs = {"swa_kernel": partial(swa_decode, q, k.transpose(1, 2), v.transpose(1, 2), position),
+            "SDPA": partial(F.scaled_dot_product_attention, q[:, :, None], k, v, enable_gqa=True)}
     if device.type == "cuda":  # as generation runs it, without launch gaps
         runs |= {f"{name}, graph": captured(run).replay for name, run in list(runs.items())}
     size = k.nbytes + v.nbytes

@@ -180,11 +180,11 @@ def _decode_torch(q, k, v, position):
         k, v = k[:, :S], v[:, :S]
         if first + 1 >= S:                            # every row has written all of it
             return attend(k, v)
-    stale = torch.arange(S, device=q.device) > position[:, None]        # (B, S)
-    o = attend(k, v, ~stale[:, None, None])
+    written = torch.arange(S, device=q.device) <= position[:, None]     # (B, S)
+    mask = written[:, None, None]
+    o = attend(k, v, mask)
     if q.is_cuda or o.isnan().any():                  # a stale slot's NaN; cleaning copies k and v
-        k, v = (x.masked_fill(stale[:, :, None, None], 0) for x in (k, v))
-        o = attend(k, v, ~stale[:, None, None])
+        o = attend(*(x.masked_fill(~written[:, :, None, None], 0) for x in (k, v)), mask)
     return o                                          # (B, H, D)
 
 
