@@ -1512,6 +1512,10 @@ def cli(main):
     an exit code."""
     try:
         main()
+        if torch.distributed.is_initialized():
+            # Or else a thread of gloo that still holds a tensor may abort the exiting process. Not
+            # after an error: that could wait for the other ranks, which torchrun will end
+            torch.distributed.destroy_process_group()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

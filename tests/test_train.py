@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -738,6 +739,23 @@ def test_ranks_wait_for_rank_0(monkeypatch):
     monkeypatch.setattr(convert_sft.dist, "init_process_group", lambda *a, **kw: given.update(kw))
     convert_sft.pick_device("cpu")
     assert given["timeout"].total_seconds() >= 6 * 3600
+
+
+@pytest.mark.parametrize("error", [None, UsageError("a file is missing")])
+def test_a_process_group_ends_with_a_good_run_alone(error):
+    """A rank that fails must not wait for the others; one that is done must not abort."""
+    def main():
+        convert_sft.pick_device("cpu", group=True)
+        if error:
+            raise error
+
+    try:
+        with pytest.raises(SystemExit) if error else nullcontext():
+            cli(main)
+        assert convert_sft.dist.is_initialized() == bool(error)
+    finally:
+        if convert_sft.dist.is_initialized():
+            convert_sft.dist.destroy_process_group()
 
 
 def interrupted(self, *arguments, **options):
