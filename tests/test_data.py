@@ -397,7 +397,7 @@ def test_a_hub_out_of_reach_is_told_in_seconds(tmp_path, hub, monkeypatch):
     for flag, task in {"--data": settings.task, "--sft-data": settings.stage1.task}.items():
         with pytest.raises(UsageError, match=f"^{flag} no-such/data could not be fetched"):
             _ = task.all
-    assert time.time() - began < 10
+    assert time.time() - began < 30
 
 
 def test_faults_of_rls_data_are_told_before_stage_1(tmp_path, start):

@@ -217,7 +217,7 @@ def test_a_full_disk_is_one_sentence_and_the_same_command_continues(finished, af
 
     command = worker("rl", after_sft, RL.format(4))
     done = subprocess.run(command, env=ENVIRONMENT, preexec_fn=limit, capture_output=True,
-                          text=True, timeout=100)
+                          text=True, timeout=300)
     assert done.returncode == 2, done.stderr[-2000:]
     said = done.stderr.strip().splitlines()
     assert len(said) == 1 and re.search("could not be written.*free some space", said[0])
@@ -508,7 +508,7 @@ def test_compiled_blocks(monkeypatch):
 
 def test_offload_trains_the_same(finished, after_sft):
     """One rank whose weights and optimizer FSDP2 keeps in host memory."""
-    subprocess.run(worker("rl", after_sft, RL.format(4) + " --offload"), check=True, timeout=200,
+    subprocess.run(worker("rl", after_sft, RL.format(4) + " --offload"), check=True, timeout=300,
                    stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     folder = after_sft / "tiny" / "rl-w24"
     assert difference(finished / "tiny" / "rl-w24", folder) < 1e-5

@@ -697,7 +697,7 @@ def test_a_folder_is_the_model_that_was_trained(tmp_path, more, stop_at_2):
 
 def two_ranks(*arguments):
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    return subprocess.run(worker(*arguments, launcher=launcher), timeout=120, env=ENVIRONMENT,
+    return subprocess.run(worker(*arguments, launcher=launcher), timeout=300, env=ENVIRONMENT,
                           capture_output=True, text=True)
 
 
