@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# Before torch is imported, and for child processes: workers with threads that spin while they wait
+# for each other's would be several times slower
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 CACHE = Path(os.environ.get("NANOSWARR_CACHE", "~/.cache/nanoswarr-tests")).expanduser()
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("NANOSWARR_DATA", REPOSITORY.parent / "shared" / "data"))

@@ -467,7 +467,7 @@ def worker(*arguments, launcher=()):
     return [sys.executable, *launcher, __file__, *map(str, arguments)]
 
 
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(rl.__file__).parent), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(rl.__file__).parent)}
 
 
 @pytest.fixture(scope="module", autouse=True)
