@@ -911,10 +911,13 @@ class Run:
         told = read_json(path)
         try:
             self.refuse_other(told["identity"])
-            return told["step"] >= steps or bool(hours and told["seconds"] >= hours * 3600)
+            done = told["step"] >= steps or bool(hours and told["seconds"] >= hours * 3600)
         except (KeyError, TypeError, AttributeError):
             raise UsageError(f"{path} is not what a run writes: remove it, and the same command "
                              "continues from the last checkpoint") from None
+        if done and RANK == 0:  # maybe more of them than were asked for
+            print(f"{self.folder}: finished before, {told['step']} steps", flush=True)
+        return done
 
     def refuse_other(self, identity):
         # A setting that is younger than the run had its default
@@ -1719,6 +1722,8 @@ def pretrain(settings):
     trainer = Trainer(model, device, weight_decay=0.01)
     run.start(trainer)
     for last in range(how["steps"], how["steps"] * how["rounds"] + 1, how["steps"]):
+        if run.step > last:  # resumed in a later round: the gate has kept this model from passing
+            continue
         for step in run.steps(last):
             rng = np.random.default_rng([settings.seed, 2, step])
             starts = rng.integers(0, len(stream) - length - 1, how["batch"])

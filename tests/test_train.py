@@ -557,6 +557,24 @@ def test_a_resumed_sft_repeats_an_undisturbed_one(tmp_path, stop_at_2):
         run("sft", tmp_path / "whole", f"{SFT} --lr 0.5")
 
 
+def test_the_gate_judges_a_resumed_base_where_it_would_have(tmp_path, stop_at_2, monkeypatch):
+    """Rounds of a step each: a base that comes back in the second one is past the first gate."""
+    judged, how = [], TINY.pretraining | {"steps": 1, "rounds": 3, "batch": 2}
+    monkeypatch.setattr(TINY, "pretraining", how)
+    monkeypatch.setattr(TINY, "gate", lambda *_: judged.append(0.0) or 0.0)
+
+    def base(name):
+        return convert_sft.pretrain(SFTSettings.of(model="tiny", out=str(tmp_path / name),
+                                                   device="cpu", save_minutes=0))
+
+    with pytest.raises(Stopped):
+        base("stopped")
+    stop_at_2()
+    resumed = base("stopped")
+    assert len(judged) == 3
+    assert difference(resumed, base("whole")) == 0 and len(judged) == 6
+
+
 def test_ctrl_c_in_rl_and_the_same_command_again(finished, after_sft, monkeypatch):
     """The first Ctrl-C finishes the step and saves."""
     def interrupt(texts, golds, grader):
@@ -593,7 +611,7 @@ def on_disk(folder):
     return {path: path.stat().st_mtime_ns for path in [folder, *folder.rglob("*")]}
 
 
-def test_a_longer_run_continues_a_finished_one(finished, after_sft, monkeypatch):
+def test_a_longer_run_continues_a_finished_one(finished, after_sft, monkeypatch, capsys):
     """2 steps and then 4 are 4, also when the longer run breaks off before its first checkpoint."""
     def fail(*_):
         raise Stopped
@@ -601,7 +619,9 @@ def test_a_longer_run_continues_a_finished_one(finished, after_sft, monkeypatch)
     folder = run("rl", after_sft, RL.format(2))
     done = Run(settled("rl", after_sft, RL.format(2)))
     made = on_disk(after_sft)
-    assert done.finished(2) and done.finished(1) and not done.finished(3)
+    assert done.finished(2) and not done.finished(3)
+    capsys.readouterr()
+    assert done.finished(1) and capsys.readouterr().out == f"{folder}: finished before, 2 steps\n"
     assert on_disk(after_sft) == made
     with monkeypatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(rl, "grade_batch", fail)
