@@ -68,6 +68,7 @@ from model import (
     read_config,
     read_json,
     read_weights,
+    reading,
     resolve,
     write_file,
 )
@@ -905,18 +906,13 @@ class Run:
 
     def finished(self, steps, hours=0):
         """Whether the run is complete on the disk; nothing is written."""
-        path = self.folder / "run.json"
-        if not (path.exists() and (self.folder / "config.json").exists()):
+        if not all((self.folder / name).exists() for name in ("run.json", "config.json")):
             return False
-        told = read_json(path)
-        try:
-            self.refuse_other(told["identity"])
-            done = told["step"] >= steps or bool(hours and told["seconds"] >= hours * 3600)
-        except (KeyError, TypeError, AttributeError):
-            raise UsageError(f"{path} is not what a run writes: remove it, and the same command "
-                             "continues from the last checkpoint") from None
-        if done and RANK == 0:  # maybe more of them than were asked for
-            print(f"{self.folder}: finished before, {told['step']} steps", flush=True)
+        step, seconds, identity = read_finished(self.folder)
+        self.refuse_other(identity)
+        done = step >= steps or bool(hours and seconds >= hours * 3600)
+        if done:
+            say_finished(self.folder, step)
         return done
 
     def refuse_other(self, identity):
@@ -1134,6 +1130,21 @@ class Run:
         """Appends to a text for people, such as episodes.txt."""
         append_file(self.folder / name, text)
         self.texts[name] = (self.folder / name).stat().st_size
+
+
+def read_finished(folder):
+    """What a finished run says of itself: its steps, seconds and identity."""
+    path = folder / "run.json"
+    with reading(f"{path} is not what a run writes",
+                 "remove it, and the same command continues from the last checkpoint"):
+        told = read_json(path)
+        return int(told["step"]), float(told["seconds"]), dict(told["identity"])
+
+
+def say_finished(folder, step):
+    """That a run is used as it is: it may have more steps than were asked for."""
+    if RANK == 0:
+        print(f"{folder}: finished before, {step} steps", flush=True)
 
 
 WRITER = ThreadPoolExecutor(1)

@@ -61,6 +61,7 @@ from convert_sft import (
     new_figure,
     pick_device,
     pretrain,
+    read_finished,
     read_log,
     save_figure,
     schedule,
@@ -80,7 +81,6 @@ from model import (
     generate,
     log_softmax,
     read_config,
-    read_json,
     resolve,
     write_file,
 )
@@ -1434,8 +1434,7 @@ def write_page(folders, page=PAGE):
     if not DATA_BLOCK.search(html):
         raise UsageError(f"{page} has lost its block of data: fetch the file again")
     for folder in map(Path, folders):
-        made = folder / "run.json"
-        run = read_json(made).get("identity", {}) if made.exists() else {}
+        run = read_finished(folder)[2] if (folder / "run.json").exists() else {}
         if run.get("data") not in TASKS:
             raise UsageError(f"{folder} is no SFT or RL run of a tiny task: give folders such as "
                              "out/tiny/sft-w24 and out/tiny/rl-w24")

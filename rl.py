@@ -64,8 +64,10 @@ from convert_sft import (
     print_plan,
     print_settings,
     prune,
+    read_finished,
     read_log,
     save_figure,
+    say_finished,
     schedule,
     seconds_each,
     setting,
@@ -82,7 +84,6 @@ from model import (
     cli,
     fingerprint,
     generate,
-    read_json,
     write_file,
 )
 
@@ -519,13 +520,14 @@ def stage1_folder(settings):
     if not made:
         return convert(settings.stage1, partial(expected_time, settings, None))
     if (folder / "run.json").exists():  # else the model was put there by hand
-        made_with, asked = read_json(folder / "run.json").get("identity", {}), settings.stage1
+        (step, _, made_with), asked = read_finished(folder), settings.stage1
         identity = asked.identity() | {"base": fingerprint(asked.base())}
         differ = [name for name, value in identity.items()
                   if name in asked.given | {"base"} and made_with.get(name) != value]
         if differ:
             raise UsageError(f"{folder} was made with other settings ({', '.join(differ)}): give "
                              "the same ones, or another --out")
+        say_finished(folder, step)
     return folder
 
 

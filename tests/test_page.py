@@ -394,7 +394,8 @@ def runs(tmp_path, monkeypatch):
         model.config.window = 12
         model.save_pretrained(folder)
         identity = {"stage": stage, "data": "tiny", "window": 12, "seed": 5}
-        (folder / "run.json").write_text(json.dumps({"identity": identity}))
+        (folder / "run.json").write_text(json.dumps(
+            {"step": 1, "seconds": 1, "identity": identity}))
         (folder / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     (folder / "log.jsonl").write_text('{"settings": {}}\n' + "".join(
         json.dumps({"step": step, "reward": step / 2, "length": 50.0}) + "\n" for step in (1, 2)))
@@ -434,7 +435,8 @@ def test_command_rewrites_the_data_alone(browser, runs, capsys):
     ("sunk", "no sinks")])
 def test_command_refuses(runs, folder, said):
     (runs / "base").mkdir()
-    (runs / "base" / "run.json").write_text('{"identity": {"stage": "base", "seed": 0}}')
+    (runs / "base" / "run.json").write_text(
+        '{"step": 1, "seconds": 1, "identity": {"stage": "base", "seed": 0}}')
     sunk = Transformer.from_pretrained(runs / "out" / "tiny" / "rl-w12")
     sunk.config.sinks = 2
     sunk.save_pretrained(runs / "sunk")

@@ -636,6 +636,23 @@ def test_a_longer_run_continues_a_finished_one(finished, after_sft, monkeypatch,
     same_run(finished / "tiny" / "rl-w24", run("rl", after_sft, RL.format(4)), "")
 
 
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+@pytest.mark.parametrize("told", [{}, {"step": None, "seconds": 1, "identity": {}},
+                                  {"step": 2, "seconds": 1, "identity": 3}])
+def test_a_run_that_says_nothing_of_itself_is_one_sentence(finished, tmp_path, stage, told):
+    out = Path(shutil.copytree(finished, tmp_path / "out"))
+    (out / "tiny" / f"{stage}-w24" / "run.json").write_text(json.dumps(told))
+    with pytest.raises(UsageError, match="not what a run writes.*: remove it"):
+        run("rl", out, RL.format(4))
+
+
+def test_stage_2_says_how_long_stage_1_was(finished, capsys):
+    capsys.readouterr()
+    run("rl", finished, RL.format(4))
+    steps = logged(finished / "tiny" / "sft-w24")[-1]["step"]
+    assert f"sft-w24: finished before, {steps} steps\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("save_minutes", [0, 10])
 def test_a_run_that_its_time_ended_is_finished(tmp_path, monkeypatch, save_minutes):
     """Also where its last step was saved before the time was up, or not at all."""
