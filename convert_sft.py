@@ -34,7 +34,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import compress, zip_longest
 from pathlib import Path
 
@@ -1141,8 +1141,9 @@ def read_finished(folder):
         return int(told["step"]), float(told["seconds"]), dict(told["identity"])
 
 
+@cache
 def say_finished(folder, step):
-    """That a run is used as it is: it may have more steps than were asked for."""
+    """Once, that a run is used as it is: it may have more steps than were asked for."""
     if RANK == 0:
         print(f"{folder}: finished before, {step} steps", flush=True)
 

@@ -621,6 +621,7 @@ def test_a_longer_run_continues_a_finished_one(finished, after_sft, monkeypatch,
     made = on_disk(after_sft)
     assert done.finished(2) and not done.finished(3)
     capsys.readouterr()
+    convert_sft.say_finished.cache_clear()
     assert done.finished(1) and capsys.readouterr().out == f"{folder}: finished before, 2 steps\n"
     assert on_disk(after_sft) == made
     with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -648,6 +649,7 @@ def test_a_run_that_says_nothing_of_itself_is_one_sentence(finished, tmp_path, s
 
 def test_stage_2_says_how_long_stage_1_was(finished, capsys):
     capsys.readouterr()
+    convert_sft.say_finished.cache_clear()
     run("rl", finished, RL.format(4))
     steps = logged(finished / "tiny" / "sft-w24")[-1]["step"]
     assert f"sft-w24: finished before, {steps} steps\n" in capsys.readouterr().out
